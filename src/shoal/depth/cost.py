@@ -1,0 +1,127 @@
+"""The cost of a fixed plan, counted before anything runs.
+
+Two kinds of cost. Layer-tokens and FLOPs add up over rows. Weight bytes do not: a layer is read once per pass if any row needs
+it, and the head is read by every pass that emits a token (`docs/architecture.md`, the two kinds of cost).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from shoal.depth.shape import ModelShape
+
+BLOCK_TOKENS = 16
+"""Positions in one cache block. Blocks are counted per layer and row."""
+
+
+def blocks(num_positions: int) -> int:
+    """Cache blocks that `num_positions` fill: `blocks(16) == 1`, `blocks(17) == 2`."""
+    return -(-num_positions // BLOCK_TOKENS)
+
+
+def cache_blocks(cutoffs: Sequence[int], runs_prompt: Sequence[bool], prompt_tokens: int, passes: int) -> int:
+    """Blocks that one request holds after its prompt and `passes` decode passes.
+
+    A layer that served `passes` clocks holds the prompt and those positions; one whose cutoff has been reached has retired
+    and holds nothing. Example: prompt 16, cutoffs (ALWAYS, 0, 2): after the prompt 1 + 0 + 1, after one pass 2 + 0 + 2,
+    after two 2 + 0 + 0.
+    """
+    return sum(
+        blocks(prompt_tokens + passes)
+        for cutoff, runs in zip(cutoffs, runs_prompt, strict=True)
+        if runs and passes < cutoff
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanCost:
+    """Cost of `batch` equal requests that run together at one clock."""
+
+    prompt_layer_tokens: int
+    """Layer x token products of the prompts."""
+    decode_layer_tokens: int
+    """Layer x token products of the generated tokens that are consumed (`new_tokens - 1` per request)."""
+    prompt_flops: int
+    """Floating-point operations of the prompts, with the head once per request."""
+    decode_flops: int
+    """Floating-point operations of the decode passes: weights, attention and head."""
+    prompt_bytes: int
+    """Bytes the prompt pass moves: weights once, cache written, head once."""
+    decode_bytes: int
+    """Bytes the decode passes move: weights of active layers and the head once per pass, cache read and written per row."""
+    cache_blocks: tuple[int, ...]
+    """Blocks in use after the prompt (index 0) and after each decode pass; a finished request holds none."""
+    mean_layers: float
+    """Mean number of layers over the decode passes (L where there is none)."""
+
+    @property
+    def layer_tokens(self) -> int:
+        """Layer-tokens of the whole request."""
+        return self.prompt_layer_tokens + self.decode_layer_tokens
+
+    @property
+    def flops(self) -> int:
+        """FLOPs of the whole request."""
+        return self.prompt_flops + self.decode_flops
+
+    @property
+    def bytes_moved(self) -> int:
+        """Bytes moved by the whole request."""
+        return self.prompt_bytes + self.decode_bytes
+
+    @property
+    def peak_cache_blocks(self) -> int:
+        """Most blocks in use at any time, often just after the prompt."""
+        return max(self.cache_blocks)
+
+
+def attention_flops(shape: ModelShape, num_pairs: int) -> int:
+    """FLOPs of one layer's attention over `num_pairs` (query, key) pairs: scores and weighted sum."""
+    return 4 * shape.num_heads * shape.head_dim * num_pairs
+
+
+def plan_cost(
+    cutoffs: Sequence[int],
+    runs_prompt: Sequence[bool],
+    shape: ModelShape,
+    *,
+    prompt_tokens: int,
+    new_tokens: int,
+    batch: int,
+) -> PlanCost:
+    """Sum the cost of a request pass by pass; see `DepthPlan.cost`."""
+    if min(prompt_tokens, new_tokens, batch) < 1:
+        raise ValueError(
+            f"prompt_tokens, new_tokens and batch must be 1 or more, got {prompt_tokens}, {new_tokens}, {batch}"
+        )
+    passes = new_tokens - 1
+    prompt_layers = sum(runs_prompt)
+    kv_bytes = shape.cache_values_per_token * shape.bytes_per_value
+    layer_bytes = shape.layer_weights * shape.bytes_per_value
+    head_bytes = shape.head_weights * shape.bytes_per_value
+
+    causal_pairs = prompt_tokens * (prompt_tokens + 1) // 2
+    prompt_flops = prompt_layers * (2 * shape.layer_weights * prompt_tokens + attention_flops(shape, causal_pairs))
+    prompt_bytes = prompt_layers * (layer_bytes + batch * prompt_tokens * kv_bytes) + head_bytes
+
+    decode_layer_tokens = decode_flops = decode_bytes = 0
+    for clock in range(passes):
+        depth = sum(clock < cutoff for cutoff in cutoffs)
+        context = prompt_tokens + clock + 1
+        decode_layer_tokens += depth
+        decode_flops += depth * (2 * shape.layer_weights + attention_flops(shape, context)) + 2 * shape.head_weights
+        decode_bytes += depth * (layer_bytes + batch * (context + 1) * kv_bytes) + head_bytes
+
+    return PlanCost(
+        prompt_layer_tokens=batch * prompt_layers * prompt_tokens,
+        decode_layer_tokens=batch * decode_layer_tokens,
+        prompt_flops=batch * (prompt_flops + 2 * shape.head_weights),
+        decode_flops=batch * decode_flops,
+        prompt_bytes=prompt_bytes,
+        decode_bytes=decode_bytes,
+        cache_blocks=tuple(
+            batch * cache_blocks(cutoffs, runs_prompt, prompt_tokens, clock) for clock in range(passes + 1)
+        ),
+        mean_layers=decode_layer_tokens / passes if passes else float(shape.num_layers),
+    )

@@ -1,0 +1,1 @@
+"""One decoder for all families, the family table, and reading and writing checkpoints."""
