@@ -47,9 +47,10 @@ class PlanCost:
     decode_flops: int
     """Floating-point operations of the decode passes: weights, attention and head."""
     prompt_bytes: int
-    """Bytes the prompt pass moves: weights once, cache written, head once."""
+    """Bytes the prompt pass moves: weights of its layers and the head once, each row's cache written."""
     decode_bytes: int
-    """Bytes the decode passes move: weights of active layers and the head once per pass, cache read and written per row."""
+    """Bytes the decode passes move: weights of active layers and the head once per pass; per row and active layer the cache of
+    earlier positions read and one position written."""
     cache_blocks: tuple[int, ...]
     """Blocks in use after the prompt (index 0) and after each decode pass; a finished request holds none."""
     mean_layers: float
@@ -111,7 +112,7 @@ def plan_cost(
         context = prompt_tokens + clock + 1
         decode_layer_tokens += depth
         decode_flops += depth * (2 * shape.layer_weights + attention_flops(shape, context)) + 2 * shape.head_weights
-        decode_bytes += depth * (layer_bytes + batch * (context + 1) * kv_bytes) + head_bytes
+        decode_bytes += depth * (layer_bytes + batch * context * kv_bytes) + head_bytes
 
     return PlanCost(
         prompt_layer_tokens=batch * prompt_layers * prompt_tokens,
