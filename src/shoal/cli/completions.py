@@ -1,0 +1,125 @@
+"""Writing completions: JSON lines in the order of the prompts, whole lines only, so that a file can be continued.
+
+A prompt has one line, or n lines with n > 1, which are written together. Results finish out of order; a line waits
+until those before it are in the file. Example, two prompts finish as 1, 0: nothing is written after the first, both
+lines after the second.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from shoal.cli.prompts import PromptLine
+from shoal.errors import InvalidInput
+
+OWN_FIELDS = {
+    "index", "sample", "completion", "token_ids", "logprobs", "finish_reason", "past_horizon", "error", "usage",
+}  # fmt: skip
+
+
+def echoed(line: PromptLine) -> dict[str, Any]:
+    """The input's fields as they appear in the output: a field with the name of one of ours gets the prefix `input_`.
+
+    >>> echoed(PromptLine(1, "a", {"prompt": "a", "completion": "b", "id": 7}))
+    {'prompt': 'a', 'input_completion': 'b', 'id': 7}
+    """
+    return {f"input_{name}" if name in OWN_FIELDS else name: value for name, value in line.fields.items()}
+
+
+class CompletionsFile:
+    """The output of `shoal generate`: `-` (standard output), a new file, or one to continue.
+
+    Between calls the file holds whole lines of whole prompts, those of `prompts[:num_written]`, on the disk.
+    """
+
+    num_written: int
+    """Prompts whose lines are in the file."""
+
+    def __init__(self, path: str, prompts: Sequence[PromptLine], *, samples: int = 1, resume: bool = False) -> None:
+        """Open `path` for the completions of `prompts`, `samples` of each.
+
+        Raises `InvalidInput` if the file exists and `resume` is False, or if its lines are not those of `prompts`.
+        """
+        self._prompts = prompts
+        self._samples = samples
+        self._waiting: dict[int, dict[int, dict[str, Any]]] = {}
+        self.num_written = 0
+        if path == "-":
+            if resume:
+                raise InvalidInput("--resume needs a file to continue: give one with -o")
+            self._file = sys.stdout.buffer
+            return
+        try:
+            self._file = open(path, "r+b" if resume and Path(path).exists() else "x+b")  # noqa: SIM115 closed by __exit__
+        except FileExistsError:
+            raise InvalidInput(f"{path} exists: continue it with --resume, or choose another name") from None
+        except OSError as error:
+            raise InvalidInput(f"{path} cannot be written: {error.strerror}") from None
+        try:
+            self._continue(path)
+        except InvalidInput:
+            self._file.close()
+            raise
+
+    def _continue(self, path: str) -> None:
+        """Count the prompts that the file holds whole and cut off what follows: a torn line, or part of n samples."""
+        end = offset = 0
+        for number, line in enumerate(self._file):
+            if not line.endswith(b"\n"):
+                break
+            index, sample = divmod(number, self._samples)
+            try:
+                record = json.loads(line)
+                ours = record["index"] == index and record.get("sample", 0) == sample
+            except (ValueError, TypeError, KeyError, AttributeError):
+                ours = False
+            if not ours or index >= len(self._prompts):
+                raise InvalidInput(
+                    f"{path}, line {number + 1}: expected the completion of prompt {index}"
+                    f"{f', sample {sample}' if self._samples > 1 else ''} of {len(self._prompts)}; "
+                    "was this file written for the same prompts and options?"
+                )
+            if any(record.get(name) != value for name, value in echoed(self._prompts[index]).items()):
+                raise InvalidInput(
+                    f"{path}, line {number + 1} answers another prompt than line {self._prompts[index].line} of the "
+                    "prompts file: resume with the prompts that the file was started with"
+                )
+            offset += len(line)
+            if sample == self._samples - 1:
+                end = offset
+                self.num_written = index + 1
+        self._file.truncate(end)
+        self._file.seek(end)
+
+    def add(self, index: int, sample: int, record: dict[str, Any]) -> None:
+        """Take one completion of prompt `index`; write it, and those that waited, once all before it are there."""
+        self._waiting.setdefault(index, {})[sample] = record
+        while len(self._waiting.get(self.num_written, ())) == self._samples:
+            records = self._waiting.pop(self.num_written)
+            start: dict[str, Any] = {"index": self.num_written}
+            fields = echoed(self._prompts[self.num_written])
+            lines = [
+                {**start, **({"sample": n} if self._samples > 1 else {}), **fields, **records[n]}
+                for n in sorted(records)
+            ]
+            # One write of whole lines: what an interrupt or a kill leaves behind is at worst one torn line at the end.
+            self._file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
+            self._file.flush()
+            if self._file is not sys.stdout.buffer:
+                os.fsync(self._file.fileno())
+            self.num_written += 1
+
+    def __enter__(self) -> CompletionsFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._file is not sys.stdout.buffer:
+            self._file.close()
