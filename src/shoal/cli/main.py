@@ -1,0 +1,44 @@
+"""The `shoal` command."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import typer
+from rich.console import Console
+from typer.core import TyperGroup
+
+from shoal.cli.plan import plan
+from shoal.errors import CheckpointError, InvalidInput, MissingExtra, ShoalError
+
+
+class Commands(TyperGroup):
+    """Prints an error that was raised on purpose as its message alone; `shoal.errors` names the exit codes."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ShoalError as error:
+            Console(stderr=True).print(f"[bold red]Error:[/] {error}", highlight=False, soft_wrap=True)
+            raise typer.Exit(2 if isinstance(error, InvalidInput | CheckpointError | MissingExtra) else 1) from None
+        except KeyboardInterrupt:
+            Console(stderr=True).print("Interrupted.")
+            raise typer.Exit(130) from None
+
+
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Generate with a language model at a fraction of its depth, and see what was spent.",
+)
+app.command()(plan)
+
+
+@app.callback()
+def callback() -> None:
+    """Keeps `shoal plan` a subcommand even while there is only one."""
+
+
+if __name__ == "__main__":
+    app()

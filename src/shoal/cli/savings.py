@@ -1,0 +1,81 @@
+"""The four savings of a run: mean layers, FLOPs, bytes moved, wall clock; each for decode and for the whole request."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rich.table import Table
+
+from shoal.cli.format import quantity, share
+from shoal.engine.ledger import EngineStats, Ledger
+
+
+@dataclass(frozen=True)
+class Run:
+    """What some requests cost that an engine ran together."""
+
+    ledger: Ledger
+    """The sum over the requests."""
+    stats: EngineStats
+    """What they shared."""
+
+    @property
+    def decode_s_per_token(self) -> float:
+        """Seconds of decode passes per emitted token."""
+        return self.stats.decode_s / max(1, self.ledger.new_tokens)
+
+    @property
+    def total_s_per_token(self) -> float:
+        """Seconds of all passes per emitted token."""
+        return (self.stats.prompt_s + self.stats.decode_s) / max(1, self.ledger.new_tokens)
+
+
+def savings_table(run: Run, dense: Run | None = None) -> Table:
+    """The four savings of `run`.
+
+    Its dense figures are counted for the same tokens in the same passes. Only wall clock needs a dense run that was
+    measured; it is compared per emitted token, because a dense run of the same prompts may emit more or fewer.
+    """
+    ledger, stats = run.ledger, run.stats
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("")
+    for part in ("decode", "whole request"):
+        table.add_column(part, justify="right")
+        table.add_column("dense", justify="right", style="dim")
+        table.add_column("of dense", justify="right", style="green")
+
+    def row(label: str, decode: tuple[float, float | None], whole: tuple[float, float | None], unit: str = "") -> None:
+        cells = [label]
+        for spent, full in (decode, whole):
+            cells += [
+                quantity(spent, unit),
+                *(("", "") if full is None else (quantity(full, unit), share(spent, full))),
+            ]
+        table.add_row(*cells)
+
+    passes = max(1, ledger.decode_passes)
+    consumed = ledger.prompt_tokens + ledger.decode_passes
+    dense_layer_tokens = ledger.dense_prompt_layer_tokens + ledger.dense_decode_layer_tokens
+    row(
+        "mean layers per token",
+        (ledger.decode_layer_tokens / passes, ledger.dense_decode_layer_tokens / passes),
+        (ledger.layer_tokens / consumed, dense_layer_tokens / consumed),
+    )
+    row(
+        "FLOPs",
+        (ledger.decode_flops, ledger.dense_decode_flops),
+        (ledger.prompt_flops + ledger.decode_flops, ledger.dense_prompt_flops + ledger.dense_decode_flops),
+    )
+    row(
+        "bytes moved",
+        (stats.decode_bytes, stats.dense_decode_bytes),
+        (stats.prompt_bytes + stats.decode_bytes, stats.dense_prompt_bytes + stats.dense_decode_bytes),
+        unit="B",
+    )
+    row(
+        "wall clock per new token",
+        (run.decode_s_per_token, dense and dense.decode_s_per_token),
+        (run.total_s_per_token, dense and dense.total_s_per_token),
+        unit="s",
+    )
+    return table
