@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from shoal.depth.shape import ModelShape
 
 BLOCK_TOKENS = 16
@@ -20,18 +22,20 @@ def blocks(num_positions: int) -> int:
     return -(-num_positions // BLOCK_TOKENS)
 
 
-def cache_blocks(cutoffs: Sequence[int], runs_prompt: Sequence[bool], prompt_tokens: int, passes: int) -> int:
-    """Blocks that one request holds after its prompt and `passes` decode passes.
+def cache_blocks_by_pass(
+    cutoffs: Sequence[int], runs_prompt: Sequence[bool], prompt_tokens: int, num_passes: int
+) -> np.ndarray:
+    """Blocks that one request holds during its prompt (index 0) and during each decode pass (index clock + 1).
 
-    A layer that served `passes` clocks holds the prompt and those positions; one whose cutoff has been reached has retired
-    and holds nothing. Example: prompt 16, cutoffs (ALWAYS, 0, 2): after the prompt 1 + 0 + 1, after one pass 2 + 0 + 2,
-    after two 2 + 0 + 0.
+    A layer holds the prompt and the positions it has served; it retires after the last pass that it serves. Example: prompt 16,
+    cutoffs (ALWAYS, 0, 2): 3 blocks during the prompt, then 2 + 0 + 2, 2 + 0 + 2, 2 + 0 + 0.
+
+    Returns int64 [num_passes + 1].
     """
-    return sum(
-        blocks(prompt_tokens + passes)
-        for cutoff, runs in zip(cutoffs, runs_prompt, strict=True)
-        if runs and passes < cutoff
-    )
+    by_pass = np.arange(1, num_passes + 1)[:, None]  # clock + 1, so a layer serves the pass if by_pass <= cutoff
+    serving = (np.asarray(cutoffs)[None, :] >= by_pass).sum(axis=1)
+    decode = serving * -(-(prompt_tokens + by_pass[:, 0]) // BLOCK_TOKENS)
+    return np.concatenate(([sum(runs_prompt) * blocks(prompt_tokens)], decode))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +56,7 @@ class PlanCost:
     """Bytes the decode passes move: weights of active layers and the head once per pass; per row and active layer the cache of
     earlier positions read and one position written."""
     cache_blocks: tuple[int, ...]
-    """Blocks in use after the prompt (index 0) and after each decode pass; a finished request holds none."""
+    """Blocks in use during the prompt (index 0) and during each decode pass (index clock + 1)."""
     mean_layers: float
     """Mean number of layers over the decode passes (L where there is none)."""
 
@@ -73,7 +77,7 @@ class PlanCost:
 
     @property
     def peak_cache_blocks(self) -> int:
-        """Most blocks in use at any time, often just after the prompt."""
+        """Most blocks in use during any pass, often the prompt's."""
         return max(self.cache_blocks)
 
 
@@ -121,8 +125,6 @@ def plan_cost(
         decode_flops=batch * decode_flops,
         prompt_bytes=prompt_bytes,
         decode_bytes=decode_bytes,
-        cache_blocks=tuple(
-            batch * cache_blocks(cutoffs, runs_prompt, prompt_tokens, clock) for clock in range(passes + 1)
-        ),
+        cache_blocks=tuple((batch * cache_blocks_by_pass(cutoffs, runs_prompt, prompt_tokens, passes)).tolist()),
         mean_layers=decode_layer_tokens / passes if passes else float(shape.num_layers),
     )

@@ -42,8 +42,8 @@ def _attend_one(q: Tensor, k: Tensor, v: Tensor, run: Run) -> Tensor:
     k = k.view(n * num_kv_heads, capacity, head_dim)[:, : run.num_keys]
     v = v.view(n * num_kv_heads, capacity, head_dim)[:, : run.num_keys]
     scores = torch.baddbmm(q.new_empty(1, 1, 1), grouped, k.transpose(1, 2), beta=0, alpha=head_dim**-0.5)
-    if run.mask is not None:
-        scores.view(n, num_kv_heads, -1, run.num_keys).masked_fill_(~run.mask, -torch.inf)
+    if run.bias is not None:
+        scores.view(n, num_kv_heads, -1, run.num_keys).add_(run.bias)
     return torch.bmm(scores.softmax(dim=-1), v).view(n, num_heads, head_dim)
 
 
@@ -55,7 +55,7 @@ def _attend_many(q: Tensor, k: Tensor, v: Tensor, run: Run) -> Tensor:
         q,
         k[:, :, : run.num_keys],
         v[:, :, : run.num_keys],
-        attn_mask=run.mask,
+        attn_mask=run.bias,
         is_causal=run.causal,
         enable_gqa=num_heads != k.shape[1],
     )

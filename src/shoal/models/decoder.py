@@ -24,10 +24,15 @@ from shoal.models.weights import DecoderConfig, DecoderWeights, LayerWeights, No
 class LayerCaches(Protocol):
     """Where the decoder finds each layer's keys and values."""
 
-    keys: Sequence[Tensor]
-    """Per layer [slots, H_kv, S, D]."""
-    values: Sequence[Tensor]
-    """Per layer [slots, H_kv, S, D]."""
+    @property
+    def keys(self) -> Sequence[Tensor]:
+        """Per layer [slots, H_kv, S, D]."""
+        ...
+
+    @property
+    def values(self) -> Sequence[Tensor]:
+        """Per layer [slots, H_kv, S, D]."""
+        ...
 
 
 class Norm:
@@ -71,7 +76,7 @@ class DecoderLayer:
 
     def __init__(self, weights: LayerWeights, config: DecoderConfig) -> None:
         shape = config.shape
-        self.head_split = (shape.num_heads, shape.num_kv_heads, shape.num_kv_heads)
+        self.head_split = [shape.num_heads, shape.num_kv_heads, shape.num_kv_heads]
         self.head_dim = shape.head_dim
         self.parallel_residual = config.parallel_residual
         self.gated = shape.gated_mlp
@@ -84,11 +89,13 @@ class DecoderLayer:
         self.mlp_norm = Norm(weights.mlp_norm, config)
         self.up = Linear(weights.up, "none" if self.gated else config.activation)
         self.down = Linear(weights.down)
+        self.num_tokens_run = 0  # counted here, where the products run, to hold the planned counts against
 
     def __call__(
         self, x: Tensor, work: LayerWork, keys: Tensor, values: Tensor, cos_sin: tuple[Tensor, Tensor] | None
     ) -> None:
         """Add the layer's output to x [A, d] in place, and write its keys and values into the cache."""
+        self.num_tokens_run += x.shape[0]
         attention = self.attention(self.attention_norm(x), work, keys, values, cos_sin)
         if self.parallel_residual:
             x.add_(attention + self.mlp(self.mlp_norm(x)))
@@ -101,7 +108,7 @@ class DecoderLayer:
     ) -> Tensor:
         """Self-attention of normed x [A, d] over the cache, to [A, d]."""
         heads = self.qkv(x).view(-1, sum(self.head_split), self.head_dim)
-        q, k, v = heads.split(self.head_split, dim=1)
+        q, k, v = torch.split(heads, self.head_split, dim=1)
         if self.q_norm and self.k_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if cos_sin is not None:

@@ -45,7 +45,7 @@ def activate(x: Tensor, activation: Activation) -> Tensor:
 
 def can_pack(weight: Tensor) -> bool:
     """Whether oneDNN takes this weight: a float32 or bfloat16 matrix on a CPU that supports it."""
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+    if weight.device.type != "cpu" or not torch._C._has_mkldnn:
         return False
     if weight.dtype == torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -31,11 +31,11 @@ class Run:
     """Cache slot of the first row; the others follow."""
     num_keys: int
     """Cached positions that the longest row reads, its own tokens included."""
-    mask: Tensor | None
-    """bool [num_rows, 1, tokens_per_row, num_keys], True where a token may look; None where every token sees every key, or
-    where `causal` says it all."""
+    bias: Tensor | None
+    """[num_rows, 1, tokens_per_row, num_keys] in the model's dtype, 0 where a token may look and -inf elsewhere; None where every
+    token sees every key, or where `causal` says it all."""
     causal: bool
-    """A single row that starts at position 0: plain causal attention."""
+    """Every row starts at position 0: plain causal attention."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""From request to token: scheduling, the KV cache, sampling, and the ledger of what was spent."""

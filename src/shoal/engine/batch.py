@@ -1,0 +1,127 @@
+"""From rows to a `Pass`: flat tokens, deepest row first, and the tokens that each layer serves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from shoal.models.passes import LayerWork, Pass, Run
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """The rows of one pass, deepest first."""
+
+    slots: Ints
+    """[R] cache slot of each row."""
+    starts: Ints
+    """[R] position of each row's first token."""
+    num_tokens: Ints
+    """[R] tokens that each row brings."""
+    served: Ints
+    """[R, L] how many of them (leading ones) each layer serves."""
+
+
+def deepest_first(rows: Rows) -> Rows:
+    """Order rows so that plans which form a chain make every layer's tokens a leading slice; neighbours in the cache stay so."""
+    depth = rows.served.sum(axis=1) / rows.num_tokens
+    order = np.lexsort((rows.slots, -rows.num_tokens, -depth))
+    return Rows(
+        slots=rows.slots[order], starts=rows.starts[order], num_tokens=rows.num_tokens[order], served=rows.served[order]
+    )
+
+
+def build_pass(
+    rows: Rows, token_ids: Sequence[int], emits: NDArray[np.bool_], *, dtype: torch.dtype, device: torch.device
+) -> Pass:
+    """The input of the decoder.
+
+    Args: `token_ids`: the rows' tokens in the rows' order; `emits` [R]: whether the logits after its last token are wanted;
+    `dtype`: of the model, for attention biases.
+    """
+    ends = np.cumsum(rows.num_tokens)
+    positions = np.concatenate(
+        [np.arange(start, start + n) for start, n in zip(rows.starts, rows.num_tokens, strict=True)]
+    )
+    slots = np.repeat(rows.slots, rows.num_tokens)
+    works: dict[bytes, LayerWork | None] = {}
+    layers = []
+    for column in rows.served.T:
+        key = column.tobytes()
+        if key not in works:
+            works[key] = _layer_work(rows, column, slots, positions, dtype, device) if column.any() else None
+        layers.append(works[key])
+    return Pass(
+        token_ids=torch.tensor(token_ids, device=device),
+        positions=_tensor(positions, device),
+        layers=tuple(layers),
+        logit_tokens=_tensor(ends[emits] - 1, device),
+    )
+
+
+def _layer_work(
+    rows: Rows, served: Ints, slots: Ints, positions: Ints, dtype: torch.dtype, device: torch.device
+) -> LayerWork:
+    """The tokens that a layer serves when it takes the leading `served` [R] of each row."""
+    last = int(np.flatnonzero(served)[-1])
+    total = int(served.sum())
+    leading = bool((served[:last] == rows.num_tokens[:last]).all())
+    select = None
+    if leading:
+        slots, positions = slots[:total], positions[:total]
+    else:
+        firsts = np.cumsum(rows.num_tokens) - rows.num_tokens
+        select = np.concatenate([np.arange(first, first + n) for first, n in zip(firsts, served, strict=True)])
+        slots, positions = slots[select], positions[select]
+    return LayerWork(
+        num_tokens=total,
+        select=None if select is None else _tensor(select, device),
+        slots=_tensor(slots, device),
+        positions=_tensor(positions, device),
+        runs=tuple(_runs(rows, served, dtype, device)),
+    )
+
+
+def _runs(rows: Rows, served: Ints, dtype: torch.dtype, device: torch.device) -> list[Run]:
+    """Group active rows that are neighbours in the cache and bring equally many tokens."""
+    runs = []
+    token = 0
+    active = np.flatnonzero(served)
+    breaks = np.flatnonzero((np.diff(rows.slots[active]) != 1) | (np.diff(served[active]) != 0)) + 1
+    for group in np.split(active, breaks):
+        starts, tokens_per_row = rows.starts[group], int(served[group[0]])
+        num_keys = int(starts.max()) + tokens_per_row
+        causal = tokens_per_row > 1 and not starts.any()
+        needs_bias = not causal and (tokens_per_row > 1 or bool((starts != starts[0]).any()))
+        runs.append(
+            Run(
+                first_token=token,
+                num_rows=len(group),
+                tokens_per_row=tokens_per_row,
+                first_slot=int(rows.slots[group[0]]),
+                num_keys=num_keys,
+                bias=_bias(starts, tokens_per_row, num_keys, dtype, device) if needs_bias else None,
+                causal=causal,
+            )
+        )
+        token += len(group) * tokens_per_row
+    return runs
+
+
+def _bias(starts: Ints, tokens_per_row: int, num_keys: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[n, 1, T, S]: -inf where a key comes after the token; row r's token t stands at position `starts[r] + t`."""
+    position = starts[:, None, None, None] + np.arange(tokens_per_row)[:, None]
+    hidden = np.arange(num_keys) > position
+    bias = torch.zeros(hidden.shape, dtype=dtype, device=device)
+    return bias.masked_fill_(torch.from_numpy(hidden).to(device), -torch.inf)
+
+
+def _tensor(array: Ints, device: torch.device) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array)).to(device)

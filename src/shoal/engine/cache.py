@@ -1,0 +1,122 @@
+"""The KV cache: a slot per request, counted in blocks of 16 positions per layer and slot, handed back layer by layer.
+
+Layout: per layer one tensor of keys and one of values, each [slots, H_kv, S, D], so that neighbouring slots are read by one
+attention call without a copy. On CPUs the memory behind it is mapped but untouched until written, and goes back to the operating
+system when a layer retires or a request ends: resident memory follows the blocks in use. On other devices the tensors are
+allocated whole and blocks are a count.
+"""
+
+from __future__ import annotations
+
+import mmap
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from shoal.depth.cost import BLOCK_TOKENS, blocks
+from shoal.depth.shape import ModelShape
+
+
+class KVCache:
+    """Keys and values of every running request.
+
+    Only the engine changes it. Between passes: a free slot holds no block, `blocks_in_use <= budget_blocks`, and every position
+    that a running layer may read has been written.
+    """
+
+    def __init__(
+        self, shape: ModelShape, *, dtype: torch.dtype, device: torch.device, num_slots: int, budget_bytes: int
+    ) -> None:
+        """`budget_bytes`: most memory of blocks in use at any time, over all layers and slots."""
+        self.shape, self.dtype, self.device = shape, dtype, device
+        self.num_slots = num_slots
+        self.budget_blocks = budget_bytes // self.bytes_per_block
+        self.free_slots = list(range(num_slots))
+        self.num_blocks = np.zeros((num_slots, shape.num_layers), dtype=np.int64)
+        self.peak_blocks = 0
+        self.max_positions = 0
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+        self._arenas: dict[int, mmap.mmap] = {}
+        self.reserve(256)
+
+    @property
+    def bytes_per_block(self) -> int:
+        """Bytes of one block: 16 positions of one layer."""
+        return BLOCK_TOKENS * self.shape.cache_values_per_token * self.dtype.itemsize
+
+    @property
+    def blocks_in_use(self) -> int:
+        """Blocks held by all slots in all layers."""
+        return int(self.num_blocks.sum())
+
+    def reserve(self, num_positions: int) -> None:
+        """Make every slot able to hold `num_positions`; what is cached is kept. Capacity doubles, so this is rare."""
+        if num_positions <= self.max_positions:
+            return
+        capacity = max(BLOCK_TOKENS * blocks(num_positions), 2 * self.max_positions)
+        old_keys, old_values, old_arenas = self.keys, self.values, self._arenas
+        self._arenas = {}
+        self.keys = [self._allocate(capacity) for _ in range(self.shape.num_layers)]
+        self.values = [self._allocate(capacity) for _ in range(self.shape.num_layers)]
+        for new, old in zip(self.keys + self.values, old_keys + old_values, strict=False):
+            for slot in set(range(self.num_slots)) - set(self.free_slots):
+                new[slot, :, : self.max_positions] = old[slot]
+        old_arenas.clear()
+        self.max_positions = capacity
+
+    def acquire(self) -> int:
+        """Take a free slot, the lowest, so that rows which run together lie together."""
+        slot = min(self.free_slots)
+        self.free_slots.remove(slot)
+        return slot
+
+    def hold(self, slots: NDArray[np.int64], num_positions: NDArray[np.int64]) -> None:
+        """Record that layer `l` of `slots[r]` holds `num_positions[r, l]` positions; 0 hands the layer's memory back.
+
+        Called before a pass with what the pass will write, and after it with what has to be kept.
+        """
+        before, now = self.num_blocks[slots], -(-num_positions // BLOCK_TOKENS)
+        self.num_blocks[slots] = now
+        self.peak_blocks = max(self.peak_blocks, self.blocks_in_use)
+        for row, layer in np.argwhere((now == 0) & (before > 0)).tolist():
+            self._hand_back(int(slots[row]), layer)
+
+    def release(self, slot: int, *, poisoned: bool = False) -> None:
+        """End a slot's use. `poisoned`: its values may be NaN, which would leak through masked products, so wipe them."""
+        self.hold(np.array([slot]), np.zeros((1, self.shape.num_layers), dtype=np.int64))
+        self.free_slots.append(slot)
+        if poisoned:
+            for tensor in self.keys + self.values:
+                tensor[slot].zero_()
+
+    def check_integrity(self) -> None:
+        """Raise `AssertionError` if the books do not add up. Cheap enough to run whenever the engine is idle."""
+        free = np.zeros(self.num_slots, dtype=bool)
+        free[self.free_slots] = True
+        assert len(set(self.free_slots)) == len(self.free_slots), f"a slot is free twice: {sorted(self.free_slots)}"
+        assert not self.num_blocks[free].any(), "a free slot holds blocks"
+        assert self.blocks_in_use <= self.budget_blocks, f"{self.blocks_in_use} blocks over {self.budget_blocks}"
+
+    def _allocate(self, capacity: int) -> Tensor:
+        size = (self.num_slots, self.shape.num_kv_heads, capacity, self.shape.head_dim)
+        if self.device.type != "cpu":
+            return torch.zeros(size, dtype=self.dtype, device=self.device)
+        arena = mmap.mmap(-1, int(np.prod(size)) * self.dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        tensor = torch.frombuffer(arena, dtype=self.dtype).view(size)
+        self._arenas[tensor.data_ptr()] = arena
+        return tensor
+
+    def _hand_back(self, slot: int, layer: int) -> None:
+        """Give the pages of one slot in one layer back to the operating system; they read as zeros afterwards."""
+        for tensor in (self.keys[layer], self.values[layer]):
+            arena = self._arenas.get(tensor.data_ptr())
+            if arena is None:
+                return
+            stride = tensor.stride(0) * self.dtype.itemsize
+            start = -(-slot * stride // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages inside the slot only
+            stop = (slot + 1) * stride // mmap.PAGESIZE * mmap.PAGESIZE
+            if stop > start:
+                arena.madvise(mmap.MADV_DONTNEED, start, stop - start)

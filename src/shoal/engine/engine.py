@@ -1,0 +1,298 @@
+"""The public engine: load a model, give it prompts, get completions and what they cost.
+
+    generate / stream / astream  ->  check (intake.py)  ->  queue  ->  Runner.step, step, ...  ->  Generation
+
+Requests enter and leave between passes, each with its own plan and clock.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Generator, Iterable, Sequence
+from typing import Any
+
+import torch
+
+from shoal.depth.checkpoint import TunedDepth
+from shoal.depth.plan import Dense
+from shoal.depth.shape import ModelShape
+from shoal.engine.intake import Plan, Prompt, check_request, one_per_prompt, prompts_of
+from shoal.engine.ledger import EngineStats
+from shoal.engine.request import Chunk, Generation, Request
+from shoal.engine.runner import Runner, free_bytes
+from shoal.engine.sampling import Sampling
+from shoal.errors import InvalidInput
+from shoal.models.checkpoint import load_checkpoint, load_tokenizer
+from shoal.models.decoder import Decoder
+from shoal.models.directory import resolve
+from shoal.models.weights import DecoderConfig
+
+
+class Engine:
+    """Runs requests on one model. Safe to call from several threads: passes run one at a time, and everyone shares them."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        tokenizer: Any = None,
+        *,
+        tuned: TunedDepth | None = None,
+        max_batch: int = 32,
+        max_pass_tokens: int = 2048,
+        cache_gib: float | None = None,
+    ) -> None:
+        """Usually made by `from_pretrained`.
+
+        Args:
+            decoder: the model.
+            tokenizer: transformers' tokenizer; None works with token ids only.
+            tuned: what the checkpoint's `depth_plan.json` says.
+            max_batch: most requests that run together, one cache slot each.
+            max_pass_tokens: most tokens in one pass; longer prompts are read in chunks.
+            cache_gib: KV cache budget in GiB; None takes half of the memory that is free now.
+        """
+        for name, value in {"max_batch": max_batch, "max_pass_tokens": max_pass_tokens}.items():
+            if value < 1:
+                raise InvalidInput(f"{name} must be 1 or more, got {value}")
+        if cache_gib is not None and not cache_gib > 0:
+            raise InvalidInput(f"cache_gib must be above 0, got {cache_gib}")
+        self.tokenizer, self.tuned = tokenizer, tuned
+        self.config: DecoderConfig = decoder.config
+        cache_bytes = free_bytes(decoder.device) // 2 if cache_gib is None else int(cache_gib * 2**30)
+        self.runner = Runner(decoder, max_batch=max_batch, max_pass_tokens=max_pass_tokens, cache_bytes=cache_bytes)
+        self._ids = itertools.count()
+        self._lock = threading.RLock()
+        self._mailboxes: dict[int, deque[Chunk]] = {}
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        dtype: str = "auto",
+        device: str = "cpu",
+        threads: int | None = None,
+        revision: str | None = None,
+        token: str | None = None,
+        max_batch: int = 32,
+        max_pass_tokens: int = 2048,
+        cache_gib: float | None = None,
+    ) -> Engine:
+        """Load a checkpoint directory or a hub id.
+
+        Args:
+            dtype: "auto" (the checkpoint's), "float32", "bfloat16" or "float16".
+            device: "cpu", "cuda" or "cuda:1".
+            threads: CPU threads of this process's tensor operations; None leaves PyTorch's choice.
+            revision, token: of a hub id.
+            max_batch, max_pass_tokens, cache_gib: see `Engine`.
+
+        Raises `CheckpointError` (`UnsupportedArchitecture`, `PickledCheckpoint`) or `InvalidInput`.
+        """
+        if threads is not None:
+            if threads < 1:
+                raise InvalidInput(f"threads must be 1 or more, got {threads}")
+            torch.set_num_threads(threads)
+        directory = resolve(os.fspath(path), revision=revision, token=token)
+        config, weights = load_checkpoint(directory, dtype=dtype, device=device)
+        return cls(
+            Decoder(config, weights),
+            load_tokenizer(directory),
+            tuned=TunedDepth.load(directory),
+            max_batch=max_batch,
+            max_pass_tokens=max_pass_tokens,
+            cache_gib=cache_gib,
+        )
+
+    @property
+    def shape(self) -> ModelShape:
+        """The decoder's sizes."""
+        return self.config.shape
+
+    @property
+    def stats(self) -> EngineStats:
+        """Costs that requests share, since the last `stats.reset()`."""
+        return self.runner.stats
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a request is waiting or running."""
+        return bool(self.runner.requests())
+
+    def generate(
+        self,
+        prompts: Prompt | Iterable[Prompt],
+        sampling: Sampling | Sequence[Sampling] | None = None,
+        plan: Plan | Sequence[Plan] | None = None,
+        *,
+        timeout_s: float | None = None,
+    ) -> list[Generation]:
+        """Complete prompts.
+
+        Args:
+            prompts: a string, a list of token ids, or several of those.
+            sampling: one, or one per prompt; None is `Sampling()`, greedy.
+            plan: a policy or plan, or one per prompt; None is `Dense()`.
+            timeout_s: seconds from now after which unfinished requests end with `finish_reason="timeout"`.
+
+        Returns one `Generation` per prompt in order (`Sampling.n` in a row where more than one is asked for). Raises
+        `InvalidInput` before anything runs; a request that fails alone comes back with `finish_reason="error"`.
+        """
+        chunks = self._submit(prompts, sampling, plan, timeout_s=timeout_s, streaming=False)
+        done = [chunk.generation for chunk in chunks if chunk.generation is not None]
+        return sorted(done, key=lambda generation: (generation.index, generation.sample))
+
+    def stream(
+        self,
+        prompts: Prompt | Iterable[Prompt],
+        sampling: Sampling | Sequence[Sampling] | None = None,
+        plan: Plan | Sequence[Plan] | None = None,
+        *,
+        timeout_s: float | None = None,
+    ) -> Generator[Chunk, None, None]:
+        """Complete prompts and yield what each gains, pass by pass; arguments as for `generate`.
+
+        The texts of a request's chunks add up to its completion, and its last chunk carries the `Generation`. Requests are
+        checked and queued at the call; closing the iterator cancels what is unfinished.
+        """
+        return self._submit(prompts, sampling, plan, timeout_s=timeout_s, streaming=True)
+
+    async def astream(
+        self,
+        prompts: Prompt | Iterable[Prompt],
+        sampling: Sampling | Sequence[Sampling] | None = None,
+        plan: Plan | Sequence[Plan] | None = None,
+        *,
+        timeout_s: float | None = None,
+    ) -> AsyncIterator[Chunk]:
+        """`stream` for asyncio: passes run in a worker thread, and concurrent streams share them."""
+        chunks = self._submit(prompts, sampling, plan, timeout_s=timeout_s, streaming=True)
+        try:
+            while (chunk := await asyncio.to_thread(next, chunks, None)) is not None:
+                yield chunk
+        finally:
+            chunks.close()
+
+    def add(
+        self,
+        prompt: Prompt,
+        sampling: Sampling | None = None,
+        plan: Plan | None = None,
+        *,
+        index: int = 0,
+        timeout_s: float | None = None,
+        streaming: bool = True,
+    ) -> list[int]:
+        """Queue one prompt for `step`; returns its request ids, `Sampling.n` of them.
+
+        `index` comes back in its chunks; without `streaming`, text is decoded once, at the end.
+        """
+        requests = self._requests(prompt, sampling, plan, index=index, timeout_s=timeout_s, streaming=streaming)
+        with self._lock:
+            self.runner.scheduler.waiting.extend(requests)
+        return [request.request_id for request in requests]
+
+    def step(self) -> list[Chunk]:
+        """Run one pass; returns what each request gained. Chunks of `stream` and `generate` calls go to those, too."""
+        with self._lock:
+            chunks = self.runner.step()
+            self._deliver(chunks)
+            return chunks
+
+    def cancel(self, request_id: int) -> None:
+        """End a request before the next pass, with `finish_reason="cancelled"`. One that has already ended is left alone."""
+        with self._lock:
+            for request in self.runner.requests():
+                if request.request_id == request_id:
+                    request.cancelled = True
+
+    def _requests(
+        self,
+        prompt: Prompt,
+        sampling: Sampling | None,
+        plan: Plan | None,
+        *,
+        index: int,
+        timeout_s: float | None,
+        streaming: bool,
+    ) -> list[Request]:
+        """Check one prompt and make its requests, one per sample."""
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        return [
+            check_request(
+                prompt,
+                sampling or Sampling(),
+                plan or Dense(),
+                request_id=next(self._ids),
+                index=index,
+                sample=sample,
+                deadline=deadline,
+                streaming=streaming,
+                config=self.config,
+                tokenizer=self.tokenizer,
+                tuned=self.tuned,
+                cache=self.runner.cache,
+            )
+            for sample in range((sampling or Sampling()).n)
+        ]
+
+    def _submit(
+        self,
+        prompts: Prompt | Iterable[Prompt],
+        sampling: Sampling | Sequence[Sampling] | None,
+        plan: Plan | Sequence[Plan] | None,
+        *,
+        timeout_s: float | None,
+        streaming: bool,
+    ) -> Generator[Chunk, None, None]:
+        """Check all prompts, then queue them together; the iterator follows them."""
+        listed = prompts_of(prompts)
+        samplings = one_per_prompt("sampling", sampling, len(listed))
+        plans = one_per_prompt("plan", plan, len(listed))
+        requests = [
+            request
+            for index, job in enumerate(zip(listed, samplings, plans, strict=True))
+            for request in self._requests(*job, index=index, timeout_s=timeout_s, streaming=streaming)
+        ]
+        mailbox: deque[Chunk] = deque()
+        with self._lock:
+            self._mailboxes.update({request.request_id: mailbox for request in requests})
+            self.runner.scheduler.waiting.extend(requests)
+        chunks = self._follow({request.request_id for request in requests}, mailbox)
+        next(chunks)  # enter it, so that closing it later always cancels
+        return chunks
+
+    def _follow(self, unfinished: set[int], mailbox: deque[Chunk]) -> Generator[Any, None, None]:
+        """Yield the chunks of these requests, running a pass when there are none: whoever runs one delivers to everyone."""
+        try:
+            yield None
+            while unfinished:
+                with self._lock:
+                    if not mailbox:
+                        self.step()
+                while mailbox:
+                    chunk = mailbox.popleft()
+                    if chunk.generation is not None:
+                        unfinished.discard(chunk.request_id)
+                    yield chunk
+        finally:
+            if unfinished:
+                with self._lock:
+                    for request_id in unfinished:
+                        self._mailboxes.pop(request_id, None)
+                        self.cancel(request_id)
+                    self._deliver(self.runner.end_early())
+
+    def _deliver(self, chunks: Sequence[Chunk]) -> None:
+        """Put chunks where their followers look."""
+        for chunk in chunks:
+            mailbox = self._mailboxes.get(chunk.request_id)
+            if mailbox is not None:
+                mailbox.append(chunk)
+                if chunk.generation is not None:
+                    del self._mailboxes[chunk.request_id]

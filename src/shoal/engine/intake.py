@@ -1,0 +1,152 @@
+"""From what a user gives (prompts, sampling, plans: one of each or one per prompt) to checked requests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeVar
+
+from shoal.depth.checkpoint import TunedDepth
+from shoal.depth.plan import Dense, DepthPlan, DepthPolicy
+from shoal.depth.skipdecode import SkipDecode
+from shoal.engine.cache import KVCache
+from shoal.engine.request import Request
+from shoal.engine.sampling import Sampling
+from shoal.engine.slots import future_blocks
+from shoal.engine.text import TextStream
+from shoal.errors import CacheBudgetExceeded, InvalidInput, InvalidPlan, InvalidPrompt
+from shoal.models.weights import DecoderConfig
+
+Prompt = str | Sequence[int]
+"""Text, or token ids as they are."""
+Plan = DepthPlan | DepthPolicy
+"""A plan, or a policy that makes one per request."""
+
+T = TypeVar("T")
+
+
+def prompts_of(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:
+    """One prompt or several, as a list. A flat list of integers is one prompt of token ids."""
+    if isinstance(prompts, str):
+        return [prompts]
+    listed = list(prompts)
+    if listed and all(isinstance(token, int) for token in listed):
+        return [listed]  # type: ignore[list-item]
+    return listed  # type: ignore[return-value]
+
+
+def one_per_prompt(name: str, given: T | Sequence[T], num_prompts: int) -> list[T]:
+    """`given` for every prompt, or one each. Raises `InvalidInput` where the counts differ."""
+    if not isinstance(given, list | tuple):
+        return [given] * num_prompts  # type: ignore[list-item]
+    if len(given) != num_prompts:
+        raise InvalidInput(f"got {len(given)} values of {name} for {num_prompts} prompts: give one, or one per prompt")
+    return list(given)
+
+
+def check_request(
+    prompt: Prompt,
+    sampling: Sampling,
+    plan: Plan,
+    *,
+    request_id: int,
+    index: int,
+    sample: int,
+    deadline: float | None,
+    streaming: bool,
+    config: DecoderConfig,
+    tokenizer: Any,
+    tuned: TunedDepth | None,
+    cache: KVCache,
+) -> Request:
+    """Tokenise, check ids, lengths and cache budget, and make the plan.
+
+    Raises `InvalidPrompt`, `InvalidPlan`, `CacheBudgetExceeded` or `InvalidInput`.
+    """
+    token_ids = encode(prompt, tokenizer)
+    vocab_size = config.shape.vocab_size
+    outside = [token for token in (*token_ids, *sampling.logit_bias) if not 0 <= token < vocab_size]
+    if outside:
+        raise InvalidInput(f"token id {outside[0]} is outside the vocabulary (0 to {vocab_size - 1})")
+    if sampling.stop and tokenizer is None:
+        raise InvalidInput("stop strings need a tokenizer, and this engine has none")
+    check_length(len(token_ids), sampling.max_new_tokens, config)
+    made = resolve_plan(plan, len(token_ids), sampling.max_new_tokens, config.shape.num_layers, tuned)
+    request = Request(
+        request_id=request_id,
+        index=index,
+        sample=sample,
+        prompt=token_ids,
+        sampling=sampling,
+        plan=made,
+        eos_token_ids=frozenset(config.eos_token_ids),
+        text=TextStream(tokenizer, sampling.stop, streaming=streaming),
+        deadline=deadline,
+        future_blocks=future_blocks(made, len(token_ids), sampling.max_new_tokens),
+    )
+    check_budget(request, cache)
+    return request
+
+
+def encode(prompt: Prompt, tokenizer: Any) -> tuple[int, ...]:
+    """Token ids of a prompt, with the special tokens that the tokenizer puts around one."""
+    if isinstance(prompt, str):
+        if tokenizer is None:
+            raise InvalidPrompt("this checkpoint has no tokenizer: give prompts as lists of token ids")
+        token_ids = tuple(tokenizer(prompt).input_ids)
+    else:
+        token_ids = tuple(prompt)
+        if not all(isinstance(token, int) for token in token_ids):
+            raise InvalidPrompt("a prompt is a string or a list of token ids (integers)")
+    if not prompt or not token_ids:
+        raise InvalidPrompt("the prompt is empty: give at least one token")
+    return token_ids
+
+
+def check_length(prompt_tokens: int, max_new_tokens: int, config: DecoderConfig) -> None:
+    """Raises `InvalidPrompt` where prompt and completion do not fit the positions or the sliding window."""
+    wanted = f"{prompt_tokens} prompt tokens + {max_new_tokens} new tokens"
+    if prompt_tokens + max_new_tokens > config.max_positions:
+        room = config.max_positions - prompt_tokens
+        advice = f"max_new_tokens can be at most {room}" if room > 0 else "shorten the prompt"
+        raise InvalidPrompt(f"{wanted} exceed the model's {config.max_positions} positions: {advice}")
+    if config.sliding_window is not None and prompt_tokens + max_new_tokens > config.sliding_window:
+        raise InvalidPrompt(
+            f"{wanted} exceed the sliding window of {config.sliding_window} tokens: "
+            "longer requests would need windowed attention, which is not supported"
+        )
+
+
+def check_budget(request: Request, cache: KVCache) -> None:
+    """Raises `CacheBudgetExceeded` for a request that would not fit even alone, and says what would."""
+    needed = int(request.future_blocks[0])
+    if needed <= cache.budget_blocks:
+        return
+    fits = request.sampling.max_new_tokens
+    while fits and future_blocks(request.plan, len(request.prompt), fits)[0] > cache.budget_blocks:
+        fits //= 2
+    gib = needed * cache.bytes_per_block / 2**30
+    raise CacheBudgetExceeded(
+        f"{len(request.prompt)} prompt tokens + {request.sampling.max_new_tokens} new tokens need {needed} cache blocks "
+        f"({gib:.3g} GiB) and the budget is {cache.budget_blocks}: "
+        + (f"max_new_tokens={fits} would fit" if fits else "the prompt alone does not fit")
+        + f", or a budget of {gib:.3g} GiB (cache_gib)"
+    )
+
+
+def resolve_plan(
+    plan: Plan, prompt_tokens: int, max_new_tokens: int, num_layers: int, tuned: TunedDepth | None
+) -> DepthPlan:
+    """The plan of one request: open fields of a policy come from the checkpoint's `depth_plan.json`."""
+    if isinstance(plan, SkipDecode) and tuned is not None:
+        plan = tuned.fill(plan)
+    if isinstance(plan, DepthPlan):
+        made = plan
+    elif hasattr(plan, "plan"):
+        made = plan.plan(num_layers, prompt_tokens=prompt_tokens, max_new_tokens=max_new_tokens)
+    else:
+        raise InvalidPlan(
+            f"plan must be a DepthPlan or a policy such as {Dense()} or SkipDecode(depth=1/2), got {plan!r}"
+        )
+    if made.num_layers != num_layers:
+        raise InvalidPlan(f"the plan is for {made.num_layers} layers, the model has {num_layers}")
+    return made

@@ -1,0 +1,125 @@
+"""A request and its result."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shoal.depth.plan import DepthPlan
+from shoal.engine.ledger import Ledger
+from shoal.engine.sampling import Sampling
+from shoal.engine.text import TextStream
+
+FinishReason = Literal["stop", "length", "cancelled", "timeout", "error"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenLogprobs:
+    """Log-probabilities at one generated position, natural logarithm, from unscaled and unpenalised logits."""
+
+    logprob: float
+    """Of the emitted token."""
+    top: dict[int, float]
+    """Of the most probable tokens, most probable first, as many as `Sampling.logprobs` asked for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """A finished completion."""
+
+    index: int
+    """Place of its prompt among the prompts given together."""
+    sample: int
+    """0 .. n-1 among the completions of one prompt."""
+    text: str
+    """Decoded completion without special tokens, cut before a stop string."""
+    token_ids: tuple[int, ...]
+    """Emitted tokens, the end-of-sequence token included."""
+    finish_reason: FinishReason
+    """`stop`: end of sequence or a stop string; `length`: max_new_tokens; or `cancelled`, `timeout`, `error`."""
+    logprobs: tuple[TokenLogprobs, ...] | None
+    """One per token where asked for."""
+    ledger: Ledger
+    """What it cost."""
+    past_horizon: bool
+    """Whether it ran on past its plan's horizon, at the plan's minimum depth."""
+    error: str | None = None
+    """Why it ended with `error`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """What a request gained in one pass."""
+
+    request_id: int
+    """The engine's id of the request."""
+    index: int
+    """As in `Generation`."""
+    sample: int
+    """As in `Generation`."""
+    token_ids: tuple[int, ...]
+    """Tokens committed in this pass."""
+    text: str
+    """Text that is now certain: held back while it may still become a stop string or an incomplete character."""
+    generation: Generation | None
+    """The whole result in the request's last chunk."""
+
+
+@dataclass(kw_only=True, eq=False)
+class Request:
+    """One completion under way: what it asked for and what it has emitted. Only the engine changes it."""
+
+    request_id: int
+    index: int
+    sample: int
+    prompt: tuple[int, ...]
+    sampling: Sampling
+    plan: DepthPlan
+    eos_token_ids: frozenset[int]
+    text: TextStream
+    deadline: float | None
+    """`time.monotonic()` at which it ends with `timeout`; None for never."""
+    future_blocks: NDArray[np.int64]
+    """[max_new_tokens]: most cache blocks it can hold from its k-th pass on, the prompt's being pass 0."""
+    cancelled: bool = False
+    """Whether it is to end before the next pass."""
+    output: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+
+    @property
+    def known(self) -> int:
+        """Tokens of prompt and output."""
+        return len(self.prompt) + len(self.output)
+
+    def tokens(self, start: int, count: int) -> list[int]:
+        """Known tokens `start .. start + count`."""
+        if start >= len(self.prompt):
+            start -= len(self.prompt)
+            return self.output[start : start + count]
+        head = self.prompt[start : start + count]
+        return [*head, *self.output[: count - len(head)]]
+
+    def timed_out(self) -> bool:
+        """Whether its deadline has passed."""
+        return self.deadline is not None and time.monotonic() >= self.deadline
+
+    def finish_reason(self) -> FinishReason | None:
+        """Why it ends after the last committed token, or None."""
+        if self.text.stopped or (not self.sampling.ignore_eos and self.output[-1] in self.eos_token_ids):
+            return "stop"
+        return "length" if len(self.output) == self.sampling.max_new_tokens else None
+
+    def chunk(self, *, token_ids: tuple[int, ...], text: str, generation: Generation | None = None) -> Chunk:
+        """What it gained in a pass."""
+        return Chunk(
+            request_id=self.request_id,
+            index=self.index,
+            sample=self.sample,
+            token_ids=token_ids,
+            text=text,
+            generation=generation,
+        )

@@ -1,0 +1,167 @@
+"""Running requests pass by pass: the loop of the engine.
+
+    schedule rows -> order them deepest first -> build the pass -> decoder -> sample -> commit -> hand memory back
+
+There is no separate prefill or decode phase: each row brings the tokens that it knows and has not computed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+
+import numpy as np
+import torch
+
+from shoal.engine.batch import Rows, build_pass, deepest_first
+from shoal.engine.cache import KVCache
+from shoal.engine.ledger import EngineStats, Ledger
+from shoal.engine.request import Chunk, FinishReason, Generation, Request
+from shoal.engine.sampler import sample
+from shoal.engine.scheduler import Scheduler
+from shoal.engine.slots import SlotTable
+from shoal.errors import RequestFailed
+from shoal.models.decoder import Decoder
+
+
+class Runner:
+    """Owns the cache, the slots and the queue. One thread at a time may call it.
+
+    Between passes every slot is either free, holding no cache block, or belongs to one request.
+    """
+
+    def __init__(self, decoder: Decoder, *, max_batch: int, max_pass_tokens: int, cache_bytes: int) -> None:
+        """See `Engine` for the sizes."""
+        self.decoder = decoder
+        self.shape = decoder.config.shape
+        self.stats = EngineStats()
+        self.cache = KVCache(
+            self.shape, dtype=decoder.dtype, device=decoder.device, num_slots=max_batch, budget_bytes=cache_bytes
+        )
+        self.slots = SlotTable(max_batch, self.shape.num_layers)
+        self.scheduler = Scheduler(self.slots, self.cache, max_pass_tokens=max_pass_tokens)
+
+    def step(self) -> list[Chunk]:
+        """Run one pass over every scheduled row; returns what each request gained, and the ends of cancelled ones."""
+        began = time.perf_counter()
+        chunks = self.end_early()
+        tokens = self.scheduler.schedule()
+        if not tokens:
+            self.cache.check_integrity()
+            return chunks
+
+        rows = self._rows(tokens)
+        requests = [self.slots[slot] for slot in rows.slots.tolist()]
+        spans = list(zip(requests, rows.starts.tolist(), rows.num_tokens.tolist(), strict=True))
+        emits = np.array([start + count == request.known for request, start, count in spans])
+        token_ids = itertools.chain.from_iterable(request.tokens(start, count) for request, start, count in spans)
+
+        self.cache.hold(rows.slots, np.where(rows.served > 0, rows.starts[:, None] + rows.served, 0))
+        inputs = build_pass(rows, list(token_ids), emits, dtype=self.decoder.dtype, device=self.decoder.device)
+        logits = self.decoder(inputs, self.cache)
+        self.slots.record(rows)
+
+        emitting = [request for request, emit in zip(requests, emits, strict=True) if emit]
+        for request, token in zip(emitting, sample(logits, emitting), strict=True):
+            chunks.append(self._commit(request, token))
+        still = np.array([s for s in rows.slots.tolist() if self.slots.requests[s] is not None], dtype=np.int64)
+        self.cache.hold(still, self.slots.held_positions(still))
+        self._count(rows, emits, seconds=time.perf_counter() - began)
+        return chunks
+
+    def end_early(self) -> list[Chunk]:
+        """Finish requests that were cancelled or ran out of time, waiting or running."""
+        return [
+            self._end(request, "cancelled" if request.cancelled else "timeout")
+            for request in self.requests()
+            if request.cancelled or request.timed_out()
+        ]
+
+    def requests(self) -> list[Request]:
+        """Every request that has not ended, running ones first."""
+        return [*filter(None, self.slots.requests), *self.scheduler.waiting]
+
+    def _rows(self, tokens: dict[int, int]) -> Rows:
+        """The rows of a pass that computes `tokens` per slot."""
+        slots = np.fromiter(tokens.keys(), dtype=np.int64)
+        num_tokens = np.fromiter(tokens.values(), dtype=np.int64)
+        starts = self.slots.num_computed[slots]
+        served = self.slots.served(slots, num_tokens)
+        return deepest_first(Rows(slots=slots, starts=starts, num_tokens=num_tokens, served=served))
+
+    def _commit(self, request: Request, token: int | RequestFailed) -> Chunk:
+        """Add a token to a request's output, and end the request if that was its last."""
+        if isinstance(token, RequestFailed):
+            return self._end(request, "error", error=str(token))
+        request.output.append(token)
+        text = request.text.push([token])
+        reason = request.finish_reason()
+        if reason is not None:
+            return self._end(request, reason, token_ids=(token,), text=text)
+        return request.chunk(token_ids=(token,), text=text)
+
+    def _end(
+        self,
+        request: Request,
+        reason: FinishReason,
+        *,
+        token_ids: tuple[int, ...] = (),
+        text: str = "",
+        error: str | None = None,
+    ) -> Chunk:
+        """Finish a request and free its slot."""
+        text += request.text.finish()
+        ledger, past_horizon = Ledger(), False
+        if request in self.scheduler.waiting:
+            self.scheduler.waiting.remove(request)
+        else:
+            slot = self.slots.requests.index(request)
+            ledger = self.slots.ledger(slot, self.shape)
+            horizon = request.plan.horizon
+            past_horizon = horizon is not None and ledger.decode_passes > horizon
+            self.slots.leave(slot)
+            self.cache.release(slot, poisoned=error is not None)
+        generation = Generation(
+            index=request.index,
+            sample=request.sample,
+            text=request.text.text,
+            token_ids=tuple(request.output),
+            finish_reason=reason,
+            logprobs=tuple(request.logprobs) if request.sampling.logprobs is not None else None,
+            ledger=ledger,
+            past_horizon=past_horizon,
+            error=error,
+        )
+        return request.chunk(token_ids=token_ids, text=text, generation=generation)
+
+    def _count(self, rows: Rows, emits: np.ndarray, *, seconds: float) -> None:
+        """Add a pass to the shared costs. It is decode if any row consumed a generated token."""
+        shape, stats = self.shape, self.stats
+        kv_bytes = shape.cache_values_per_token * shape.bytes_per_value
+        weight_bytes = shape.layer_weights * shape.bytes_per_value
+        head_bytes = shape.head_weights * shape.bytes_per_value if emits.any() else 0
+        ran = rows.served > 0
+        cached = np.where(ran, rows.starts[:, None] + rows.served, 0)
+        moved = int(ran.any(axis=0).sum()) * weight_bytes + int(cached.sum()) * kv_bytes + head_bytes
+        dense_cached = int((rows.starts + rows.num_tokens).sum()) * shape.num_layers
+        dense = shape.num_layers * weight_bytes + dense_cached * kv_bytes + head_bytes
+        stats.peak_cache_bytes = max(stats.peak_cache_bytes, self.cache.peak_blocks * self.cache.bytes_per_block)
+        if (rows.starts >= self.slots.prompt_tokens[rows.slots]).any():
+            stats.decode_passes += 1
+            stats.decode_bytes += moved
+            stats.dense_decode_bytes += dense
+            stats.decode_s += seconds
+        else:
+            stats.prompt_passes += 1
+            stats.prompt_bytes += moved
+            stats.dense_prompt_bytes += dense
+            stats.prompt_s += seconds
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free on `device` now."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    import os
+
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,113 @@
+"""From logits to tokens."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from shoal.engine.request import Request, TokenLogprobs
+from shoal.engine.sampling import uniform_noise
+from shoal.errors import RequestFailed
+
+TOP_P_PREFIX = 1024
+"""Most probable tokens looked at before a whole vocabulary is sorted for top-p."""
+
+
+def sample(logits: Tensor, requests: Sequence[Request]) -> list[int | RequestFailed]:
+    """The next token of each row, or why its request fails; the others go on.
+
+    Args: logits [R, V] in the model's dtype, one row per request.
+    """
+    best = logits.argmax(dim=-1)
+    # NaN beats every number in argmax, and a finite maximum means that nothing is NaN or +inf.
+    finite = logits.gather(1, best[:, None])[:, 0].isfinite().tolist()
+    tokens: list[int | RequestFailed] = []
+    for row, (request, greedy) in enumerate(zip(requests, best.tolist(), strict=True)):
+        if not finite[row]:
+            where = f"prompt {request.index}, after {len(request.output)} new tokens"
+            tokens.append(
+                RequestFailed(f"logits are not finite ({where}): the weights or the dtype's range are at fault")
+            )
+            continue
+        try:
+            token = greedy if request.sampling.plain_greedy else choose(logits[row].float(), request)
+        except RequestFailed as error:
+            tokens.append(error)
+            continue
+        if request.sampling.logprobs is not None:
+            request.logprobs.append(token_logprobs(logits[row].float(), token, request.sampling.logprobs))
+        tokens.append(token)
+    return tokens
+
+
+def choose(logits: Tensor, request: Request) -> int:
+    """One token from float32 logits [V]: penalties, bias, the user's processor, temperature, top-k, top-p, min-p, the draw.
+
+    Raises `RequestFailed` if the user's processor raises or leaves nothing to choose from.
+    """
+    sampling = request.sampling
+    logits = adjust(logits.clone(), request)
+    if not logits.max().isfinite():
+        raise RequestFailed(f"prompt {request.index}: penalties, bias or processor left no finite logit to choose from")
+    if sampling.temperature == 0:
+        return int(logits.argmax())
+    logits /= sampling.temperature
+    if sampling.top_k is not None and sampling.top_k < len(logits):
+        logits[logits < logits.topk(sampling.top_k).values[-1]] = -torch.inf
+    probabilities = logits.softmax(dim=-1)
+    if sampling.top_p is not None and sampling.top_p < 1:
+        probabilities[probabilities < nucleus_floor(probabilities, sampling.top_p)] = 0
+    if sampling.min_p:
+        probabilities[probabilities < sampling.min_p * probabilities.max()] = 0
+    cumulative = probabilities.double().cumsum(dim=-1)
+    noise = uniform_noise(sampling.seed, request.sample, len(request.output))
+    # First token whose cumulative probability exceeds the draw; a token of probability 0 never does so first.
+    return int(torch.searchsorted(cumulative, noise * cumulative[-1:], right=True).clamp(max=len(logits) - 1))
+
+
+def adjust(logits: Tensor, request: Request) -> Tensor:
+    """Apply penalties, bias, the minimum length and the user's processor to float32 logits [V], in place where possible."""
+    sampling = request.sampling
+    if sampling.repetition_penalty != 1:
+        seen = torch.tensor(sorted({*request.prompt, *request.output}), device=logits.device)
+        scores = logits[seen]
+        logits[seen] = torch.where(
+            scores > 0, scores / sampling.repetition_penalty, scores * sampling.repetition_penalty
+        )
+    if request.output and (sampling.presence_penalty or sampling.frequency_penalty):
+        for token, count in Counter(request.output).items():
+            logits[token] -= sampling.presence_penalty + count * sampling.frequency_penalty
+    for token, bias in sampling.logit_bias.items():
+        logits[token] += bias
+    if len(request.output) < sampling.min_new_tokens:
+        logits[list(request.eos_token_ids)] = -torch.inf
+    if sampling.processor is not None:
+        try:
+            logits = sampling.processor([*request.prompt, *request.output], logits)
+        except Exception as error:
+            raise RequestFailed(f"prompt {request.index}: the logits processor raised {error!r}") from error
+    return logits
+
+
+def nucleus_floor(probabilities: Tensor, top_p: float) -> Tensor:
+    """Lowest probability [] inside the smallest set of most probable tokens that reaches `top_p`.
+
+    Example: (0.5, 0.3, 0.15, 0.05) and 0.7: 0.5 is not enough, 0.5 + 0.3 is, so 0.3.
+    """
+    ranked = probabilities.topk(min(TOP_P_PREFIX, len(probabilities))).values
+    if ranked.sum() < top_p:
+        ranked = probabilities.sort(descending=True).values
+    before = ranked.cumsum(dim=-1) - ranked
+    return ranked[int((before < top_p).sum()) - 1]
+
+
+def token_logprobs(logits: Tensor, token: int, num_top: int) -> TokenLogprobs:
+    """Log-probabilities of `token` and of the `num_top` most probable tokens, from float32 logits [V]."""
+    logprobs = logits.log_softmax(dim=-1)
+    top = logprobs.topk(min(num_top, len(logprobs)))
+    return TokenLogprobs(
+        logprob=float(logprobs[token]), top=dict(zip(top.indices.tolist(), top.values.tolist(), strict=True))
+    )

@@ -1,0 +1,44 @@
+"""Who runs next: admission by free slots and cache budget, then decode rows before prompt chunks."""
+
+from __future__ import annotations
+
+from collections import deque
+
+from shoal.engine.cache import KVCache
+from shoal.engine.request import Request
+from shoal.engine.slots import SlotTable
+
+
+class Scheduler:
+    """First come, first served. Admission reserves the most blocks a request can ever hold, so a running one is never put back."""
+
+    def __init__(self, slots: SlotTable, cache: KVCache, *, max_pass_tokens: int) -> None:
+        """`max_pass_tokens`: most tokens in one pass; longer prompts are read in chunks beside the decode rows."""
+        self.slots, self.cache = slots, cache
+        self.max_pass_tokens = max_pass_tokens
+        self.waiting: deque[Request] = deque()
+
+    def admit(self) -> None:
+        """Move waiting requests into free slots while the cache budget holds."""
+        reserved = self.slots.reserved_blocks()
+        while self.waiting and self.cache.free_slots:
+            request = self.waiting[0]
+            peak_blocks = int(request.future_blocks[0])
+            if reserved + peak_blocks > self.cache.budget_blocks:
+                return
+            reserved += peak_blocks
+            self.waiting.popleft()
+            self.cache.reserve(len(request.prompt) + request.sampling.max_new_tokens - 1)
+            self.slots.enter(self.cache.acquire(), request)
+
+    def schedule(self) -> dict[int, int]:
+        """Tokens to compute in the next pass, by slot."""
+        self.admit()
+        behind = {slot: self.slots[slot].known - int(self.slots.num_computed[slot]) for slot in self.slots.running}
+        tokens = {slot: 1 for slot, count in behind.items() if count == 1}
+        room = self.max_pass_tokens - len(tokens)
+        for slot, count in behind.items():
+            if count > 1 and room > 0:
+                tokens[slot] = min(count, room)
+                room -= tokens[slot]
+        return tokens

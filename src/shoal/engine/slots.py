@@ -1,0 +1,112 @@
+"""The running requests as arrays, one entry per cache slot: how far each is, and which layers its next tokens run.
+
+A request has tokens that it knows (prompt and output) and tokens that it has computed; each pass lets computed catch up with known.
+Prefill, decode and chunks of a long prompt are the same arithmetic. Letters: R rows of a pass, L layers.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from shoal.depth.cost import cache_blocks_by_pass
+from shoal.depth.plan import DepthPlan
+from shoal.depth.shape import ModelShape
+from shoal.engine.batch import Ints, Rows
+from shoal.engine.ledger import LayerCounts, Ledger
+from shoal.engine.request import Request
+
+
+class SlotTable:
+    """Progress of every running request. Free slots have `requests[slot] is None`."""
+
+    def __init__(self, num_slots: int, num_layers: int) -> None:
+        self.requests: list[Request | None] = [None] * num_slots
+        self.prompt_tokens = np.zeros(num_slots, dtype=np.int64)
+        self.num_computed = np.zeros(num_slots, dtype=np.int64)
+        self.cutoffs = np.zeros((num_slots, num_layers), dtype=np.int64)
+        self.runs_prompt = np.zeros((num_slots, num_layers), dtype=bool)
+        self.layer_counts = np.zeros((num_slots, 4), dtype=np.int64)  # in the order of LayerCounts' fields
+
+    @property
+    def running(self) -> list[int]:
+        """Slots in use, ascending."""
+        return [slot for slot, request in enumerate(self.requests) if request is not None]
+
+    def __getitem__(self, slot: int) -> Request:
+        """The request in a slot that is in use."""
+        request = self.requests[slot]
+        assert request is not None, f"slot {slot} is free"
+        return request
+
+    def enter(self, slot: int, request: Request) -> None:
+        """Put a request into a free slot."""
+        self.requests[slot] = request
+        self.prompt_tokens[slot] = len(request.prompt)
+        self.num_computed[slot] = 0
+        self.cutoffs[slot] = request.plan.cutoffs
+        self.runs_prompt[slot] = request.plan.runs_prompt
+        self.layer_counts[slot] = 0
+
+    def leave(self, slot: int) -> None:
+        """Empty a slot."""
+        self.requests[slot] = None
+
+    def clock(self, slots: Ints) -> Ints:
+        """[R] decode passes done: generated tokens consumed."""
+        clock: Ints = np.maximum(0, self.num_computed[slots] - self.prompt_tokens[slots])
+        return clock
+
+    def reserved_blocks(self) -> int:
+        """Most cache blocks that the running requests can hold together from now on, whatever their order."""
+        total = 0
+        for slot in self.running:
+            done = int(self.num_computed[slot] - self.prompt_tokens[slot])  # below 0 while the prompt is being read
+            future = self[slot].future_blocks
+            total += int(future[min(max(done + 1, 0), len(future) - 1)])
+        return total
+
+    def served(self, slots: Ints, num_tokens: Ints) -> Ints:
+        """[R, L]: how many of each row's next `num_tokens` [R] each layer serves. They are leading ones: clocks only rise."""
+        num_prompt = np.clip(self.prompt_tokens[slots] - self.num_computed[slots], 0, num_tokens)
+        decode = np.clip(self.cutoffs[slots] - self.clock(slots)[:, None], 0, (num_tokens - num_prompt)[:, None])
+        served: Ints = np.where(self.runs_prompt[slots], num_prompt[:, None], 0) + decode
+        return served
+
+    def record(self, rows: Rows) -> None:
+        """Note that a pass ran these rows."""
+        slots, start = rows.slots, rows.starts
+        decode = (start >= self.prompt_tokens[slots]).astype(np.int64)
+        pairs = rows.served * start[:, None] + rows.served * (rows.served + 1) // 2
+        self.layer_counts[slots, 2 * decode] += rows.served.sum(axis=1)
+        self.layer_counts[slots, 2 * decode + 1] += pairs.sum(axis=1)
+        self.num_computed[slots] += rows.num_tokens
+
+    def held_positions(self, slots: Ints) -> Ints:
+        """[R, L]: positions that each layer must keep: all computed ones, none once the layer has retired."""
+        reading = self.num_computed[slots] < self.prompt_tokens[slots]
+        alive = self.runs_prompt[slots] & (reading[:, None] | (self.cutoffs[slots] > self.clock(slots)[:, None]))
+        held: Ints = np.where(alive, self.num_computed[slots][:, None], 0)
+        return held
+
+    def ledger(self, slot: int, shape: ModelShape) -> Ledger:
+        """What the request in `slot` has spent."""
+        prompt_tokens, prompt_pairs, decode_tokens, decode_pairs = self.layer_counts[slot].tolist()
+        return Ledger.of(
+            shape,
+            LayerCounts(
+                prompt_tokens=prompt_tokens,
+                prompt_pairs=prompt_pairs,
+                decode_tokens=decode_tokens,
+                decode_pairs=decode_pairs,
+            ),
+            prompt_tokens=int(min(self.num_computed[slot], self.prompt_tokens[slot])),
+            new_tokens=len(self[slot].output),
+            decode_passes=int(max(0, self.num_computed[slot] - self.prompt_tokens[slot])),
+        )
+
+
+def future_blocks(plan: DepthPlan, prompt_tokens: int, max_new_tokens: int) -> Ints:
+    """[max_new_tokens]: most blocks that a request can hold from pass k on, the prompt's being pass 0."""
+    held = cache_blocks_by_pass(plan.cutoffs, plan.runs_prompt, prompt_tokens, max_new_tokens - 1)
+    future: Ints = np.maximum.accumulate(held[::-1])[::-1]
+    return future
