@@ -1,7 +1,7 @@
 """Tiny random transformers models of every supported family, and ways to save them as real checkpoints look.
 
-Sizes are odd on purpose (a vocabulary of 263, an MLP of 76, 3 or 6 heads), and every parameter is random, biases and norms
-too: an identity norm or a zero bias would hide a missing term.
+Sizes are odd on purpose (a vocabulary of 263, an MLP of 76, 3 or 6 heads), and every parameter is random, biases and
+norms too: an identity norm or a zero bias would hide a missing term.
 """
 
 from __future__ import annotations

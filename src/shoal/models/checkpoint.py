@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,8 +38,9 @@ def load_checkpoint(
 ) -> tuple[DecoderConfig, DecoderWeights]:
     """Load a checkpoint of one of the families in `families.FAMILIES`.
 
-    Files are memory-mapped and copied tensor by tensor into the canonical weights, in their dtype and on their device:
-    there is never a second whole copy. Every name and shape is checked before the first value is read.
+    Every name and shape is checked first. Then files are memory-mapped and copied tensor by tensor into the canonical
+    weights, in their dtype and on their device, each layer when `DecoderWeights.layers` comes to it (once): there is
+    never a second whole copy.
 
     Args: `path_or_hub_id`, `revision` and `token` as in `directory.resolve`; `dtype` is `"float32"`, `"bfloat16"`,
     `"float16"`, or `"auto"` for that of the stored weights.
@@ -51,7 +53,7 @@ def load_checkpoint(
         reason = str(error).split("\n")[0]
         raise InvalidInput(f"device {str(device)!r} cannot be used: {reason}") from error
     checkpoint = Checkpoint.open(resolve(path_or_hub_id, revision=revision, token=token), dtype=dtype)
-    checkpoint.weights("meta")
+    checkpoint.check()
     return checkpoint.config, checkpoint.weights(device)
 
 
@@ -108,33 +110,37 @@ class Checkpoint:
         return cls(config=config, family=family, files=files, prefix=prefix, dtype=target)
 
     def weights(self, device: str | torch.device) -> DecoderWeights:
-        """Read the weights. On the `"meta"` device nothing is read, and every name and shape is still checked.
+        """The canonical weights, copied from the mapped files; each layer when the iteration over `layers` comes to it."""
+        return _Reader(self, torch.device(device)).decoder()
 
-        Raises `CheckpointError` for a missing or mis-shaped tensor, and for tensors that the architecture has no
-        place for (more layers than the config says, adapters, quantisation scales): leaving them out would change the
-        result.
+    def check(self) -> int:
+        """Check the name and shape of every tensor without reading a value, and count the parameters.
+
+        Raises `CheckpointError` for a missing or mis-shaped tensor, and for tensors that the architecture has no place
+        for (more layers than the config says, adapters, quantisation scales): leaving them out would change the result.
         """
-        reader = _Reader(self, torch.device(device))
-        weights = reader.decoder()
-        known = reader.read | ({f"{name}.weight" for name in self.family.head} if self.family.tied else set())
-        unknown = sorted(name for name in self.files.names() - known if not TABLES.search(name))
+        reader = _Reader(self, torch.device("meta"))
+        for _ in reader.decoder().layers:
+            pass
+        heads = {f"{name}.weight" for name in self.family.head} if self.family.tied else set()
+        unknown = sorted(name for name in self.files.names() - reader.sizes.keys() - heads if not TABLES.search(name))
         if unknown:
             more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
             raise CheckpointError(
                 f"{self.files.directory} holds tensors that a {self.config.family} model of this config "
                 f"has no place for: {unknown[0]}{more}"
             )
-        return weights
+        return sum(reader.sizes.values())
 
 
 class _Reader:
-    """Copies one checkpoint's tensors into canonical weights; `read` collects the names it has used."""
+    """Copies one checkpoint's tensors into canonical weights; `sizes` collects the values under each name it has used."""
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device) -> None:
         self.family, self.config = checkpoint.family, checkpoint.config
         self.files, self.prefix = checkpoint.files, checkpoint.prefix
         self.dtype, self.device = checkpoint.dtype, device
-        self.read: set[str] = set()
+        self.sizes: dict[str, int] = {}
 
     def decoder(self) -> DecoderWeights:
         family, shape = self.family, self.config.shape
@@ -152,7 +158,7 @@ class _Reader:
         return DecoderWeights(
             embedding=embedding,
             positions=positions,
-            layers=tuple(self.layer(f"{self.prefix}{family.layer}.{i}.") for i in range(shape.num_layers)),
+            layers=(self.layer(f"{self.prefix}{family.layer}.{i}.") for i in range(shape.num_layers)),
             final_norm=self.norm(self.prefix + family.final_norm, d),
             head=LinearWeights(head),
         )
@@ -162,8 +168,8 @@ class _Reader:
         family, shape = self.family, self.config.shape
         d, width, heads_width = shape.hidden_size, shape.intermediate_size, shape.num_heads * shape.head_dim
         kv_width = shape.num_kv_heads * shape.head_dim
-        qkv_rows = (heads_width, kv_width, kv_width) if len(family.qkv) == 3 else (heads_width + 2 * kv_width,)
-        up_rows = (width,) * len(family.up) if len(family.up) == 1 + family.gated_mlp else (2 * width,)
+        qkv_rows = [heads_width, kv_width, kv_width] if len(family.qkv) == 3 else [heads_width + 2 * kv_width]
+        up_rows = [width] * len(family.up) if len(family.up) == 1 + family.gated_mlp else [2 * width]
         q_norm, k_norm = (
             (NormWeights(self.copy(f"{at}{name}.weight", shape.head_dim)) for name in family.qk_norm)
             if family.qk_norm
@@ -174,17 +180,17 @@ class _Reader:
             qkv=self.linear(at, family.qkv, qkv_rows, d, bias=family.qkv_bias, by_head=family.qkv_by_head),
             q_norm=q_norm,
             k_norm=k_norm,
-            out=self.linear(at, (family.out,), (d,), heads_width, bias=family.out_bias),
+            out=self.linear(at, (family.out,), [d], heads_width, bias=family.out_bias),
             mlp_norm=self.norm(at + family.mlp_norm, d),
             up=self.linear(at, family.up, up_rows, d, bias=family.mlp_bias),
-            down=self.linear(at, (family.down,), (d,), width, bias=family.mlp_bias),
+            down=self.linear(at, (family.down,), [d], width, bias=family.mlp_bias),
         )
 
     def linear(
         self,
         at: str,
         names: tuple[str, ...],
-        rows: tuple[int, ...],
+        rows: list[int],
         width_in: int,
         *,
         bias: str | bool,
@@ -215,7 +221,7 @@ class _Reader:
         return NormWeights(self.copy(f"{name}.weight", size), bias)
 
     def view(self, name: str, *shape: int) -> Tensor:
-        self.read.add(name)
+        self.sizes[name] = math.prod(shape)
         return self.files.read(name, shape)
 
     def copy(self, name: str, *shape: int) -> Tensor:

@@ -5,6 +5,7 @@ Shapes: V vocabulary, P learned positions, d hidden size, I MLP width, H_q and H
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -95,7 +96,8 @@ class DecoderWeights:
     """[V, d]."""
     positions: Tensor | None
     """[P, d], learned positions with the rows that `position_offset` skips; None for rotary models."""
-    layers: tuple[LayerWeights, ...]
+    layers: Iterable[LayerWeights]
+    """Bottom first. A loader reads them as they are asked for, once: what packs each and lets it go needs no second copy."""
     final_norm: NormWeights
     head: LinearWeights
     """[V, d]; shares the embedding's memory where the checkpoint ties them."""

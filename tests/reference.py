@@ -1,0 +1,163 @@
+"""The slow reference that every fast path is compared with: one row, no cache, layers masked by hand.
+
+It runs transformers' own model on the whole sequence again for every token. Which layers ran at which position is a
+table of booleans written down from the method's specification; around every layer the table is applied twice:
+
+    a position that did not run a layer keeps its hidden state,       h = where(ran, layer(h), h)
+    and is invisible to the layer's other positions,                  key k is masked unless k <= q and ran[k]
+
+Nothing of the library under test is imported here, neither its plans nor its decoder.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+Schedule = Callable[[int], set[int]]
+"""Clock (0 = the pass that consumes the first generated token) to the layers that run."""
+
+
+# --- Which layers run -------------------------------------------------------------------------------------------------
+
+
+def dense(num_layers: int) -> Schedule:
+    """Every layer at every clock."""
+    return lambda clock: set(range(num_layers))
+
+
+def from_cutoffs(cutoffs: Sequence[float]) -> Schedule:
+    """Layer l serves the first `cutoffs[l]` clocks (`math.inf` for always)."""
+    return lambda clock: {layer for layer, cutoff in enumerate(cutoffs) if clock < cutoff}
+
+
+def skipdecode(
+    num_layers: int, *, min_exit: int, max_exit: int, length: int, warmup: int = 1, first_clock: int = 0
+) -> Schedule:
+    """SkipDecode (arXiv 2307.02628), our reading: exit points fall linearly from `max_exit` to `min_exit` over
+    `length`.
+
+    E(i) = M - (M - m) min(i, N-1) / (N-1), rounded halves up, clamped; run the bottom `warmup` layers and the top rest.
+    `first_clock` is 0, or the prompt's length where the decay counts columns.
+    """
+
+    def layers(clock: int) -> set[int]:
+        i = clock + first_clock
+        progress = 1.0 if length == 1 else min(i, length - 1) / (length - 1)
+        exact = max_exit - (max_exit - min_exit) * progress
+        count = min(max(math.floor(exact + 0.5), min_exit), max_exit)
+        return set(range(warmup)) | set(range(num_layers - (count - warmup), num_layers))
+
+    return layers
+
+
+def exits_for_depth(num_layers: int, depth: float, warmup: int = 1) -> tuple[int, int]:
+    """(m, M) for a mean depth 1/s: T = round(2L/s), M = min(L, round(1.5L/s)), m = max(W+1, T-M), M = T-m."""
+    total = math.floor(2 * num_layers * depth + 0.5)
+    max_exit = min(num_layers, math.floor(1.5 * num_layers * depth + 0.5))
+    min_exit = max(warmup + 1, total - max_exit)
+    return min_exit, total - min_exit
+
+
+def ran_table(
+    num_layers: int,
+    prompt_tokens: int,
+    num_positions: int,
+    schedule: Schedule,
+    prompt_layers: Sequence[int] | None = None,
+) -> Tensor:
+    """bool [num_layers, num_positions]: position P + i is the token that the pass at clock i consumes."""
+    table = torch.zeros(num_layers, num_positions, dtype=torch.bool)
+    for position in range(num_positions):
+        if position < prompt_tokens:
+            layers = set(range(num_layers)) if prompt_layers is None else set(prompt_layers)
+        else:
+            layers = schedule(position - prompt_tokens)
+        for layer in layers:
+            table[layer, position] = True
+    return table
+
+
+# --- The forward pass -------------------------------------------------------------------------------------------------
+
+
+def layers_of(model: PreTrainedModel) -> list[nn.Module]:
+    """The decoder layers of any family: the one list of modules as long as the config says."""
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == model.config.num_hidden_layers]
+    assert len(lists) == 1
+    return list(lists[0])
+
+
+@contextmanager
+def masked_layers(model: PreTrainedModel, ran: Tensor) -> Iterator[None]:
+    """Apply `ran` [layers, positions] around every layer of `model` for one forward pass of a single row."""
+    layers = layers_of(model)
+    originals = [layer.forward for layer in layers]
+    num_positions = ran.shape[1]
+    causal = torch.ones(num_positions, num_positions, dtype=torch.bool).tril()
+
+    def masked(forward: Callable[..., Tensor], ran_here: Tensor) -> Callable[..., Tensor]:
+        # A position may always see itself: a row of only masked keys would be NaN, and `where` drops its result anyway.
+        visible = causal & ran_here | torch.eye(num_positions, dtype=torch.bool)
+        mask = torch.zeros(num_positions, num_positions).masked_fill(~visible, torch.finfo(torch.float32).min)
+
+        def run(hidden_states: Tensor, **kwargs: object) -> Tensor:
+            kwargs["attention_mask"] = mask[None, None]
+            out = forward(hidden_states, **kwargs)
+            out = out[0] if isinstance(out, tuple) else out
+            return torch.where(ran_here[None, :, None], out, hidden_states)
+
+        return run
+
+    try:
+        for layer, forward, ran_here in zip(layers, originals, ran, strict=True):
+            layer.forward = masked(forward, ran_here)
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward  # uncovers the class's own method
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel, token_ids: Sequence[int], ran: Tensor) -> Tensor:
+    """[positions, V] of one forward pass over `token_ids` in which `ran` says what runs."""
+    with masked_layers(model, ran):
+        out = model(torch.tensor([list(token_ids)]), use_cache=False)
+    return out.logits[0]
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What the reference generated."""
+
+    token_ids: list[int]
+    """Generated tokens, the end token included."""
+    logits: Tensor
+    """[generated, V], the logits that each token was chosen from."""
+
+
+def decode(
+    model: PreTrainedModel,
+    prompt_ids: Sequence[int],
+    schedule: Schedule,
+    *,
+    max_new_tokens: int,
+    prompt_layers: Sequence[int] | None = None,
+    eos_token_ids: Sequence[int] = (),
+) -> Decoded:
+    """Decode greedily, one token per forward pass over everything so far."""
+    token_ids, rows = list(prompt_ids), []
+    num_layers = model.config.num_hidden_layers
+    while len(rows) < max_new_tokens:
+        ran = ran_table(num_layers, len(prompt_ids), len(token_ids), schedule, prompt_layers)
+        rows.append(logits(model, token_ids, ran)[-1])
+        token_ids.append(int(rows[-1].argmax()))
+        if token_ids[-1] in eos_token_ids:
+            break
+    return Decoded(token_ids[len(prompt_ids) :], torch.stack(rows))
