@@ -11,6 +11,7 @@ Nothing of the library under test is imported here, neither its plans nor its de
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -107,9 +108,11 @@ def masked_layers(model: PreTrainedModel, ran: Tensor) -> Iterator[None]:
         visible = causal & ran_here | torch.eye(num_positions, dtype=torch.bool)
         mask = torch.zeros(num_positions, num_positions).masked_fill(~visible, torch.finfo(torch.float32).min)
 
-        def run(hidden_states: Tensor, **kwargs: object) -> Tensor:
-            kwargs["attention_mask"] = mask[None, None]
-            out = forward(hidden_states, **kwargs)
+        def run(hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
+            # GPT-2 is called with positional arguments, the other families by keyword.
+            call = inspect.signature(forward).bind(hidden_states, *args, **kwargs)
+            call.arguments["attention_mask"] = mask[None, None]
+            out = forward(*call.args, **call.kwargs)
             out = out[0] if isinstance(out, tuple) else out
             return torch.where(ran_here[None, :, None], out, hidden_states)
 
