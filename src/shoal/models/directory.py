@@ -1,4 +1,4 @@
-"""A checkpoint's directory: found on disk or fetched from the hub, and its JSON files."""
+"""A checkpoint's directory: found on disk, in the package or on the hub; and its JSON files."""
 
 from __future__ import annotations
 
@@ -15,19 +15,21 @@ UNWANTED = ("*/*", "consolidated*")
 """Other formats that repositories hold beside them: subfolders, and Mistral's own copy of the weights."""
 PICKLES = ("*.bin",)
 """Weights that only `shoal convert` reads."""
+SHIPPED = Path(__file__).parent.parent / "data"
+"""Models that ship with the package, a directory each; `shoal-e2e` is one."""
 
 
 def resolve(
     path_or_hub_id: str | Path, *, revision: str | None = None, token: str | None = None, pickles: bool = False
 ) -> Path:
-    """The directory of a checkpoint; a hub id (`facebook/opt-125m`) is downloaded to Hugging Face's cache unless it
-    is there.
+    """The directory of a checkpoint: `path_or_hub_id` itself, a model that ships with the package, or the hub's.
 
-    A directory of that name wins over the hub.
+    In this order. What comes from the hub (`facebook/opt-125m`) is kept in Hugging Face's cache.
 
     Args: `revision` is a branch, tag or commit; `token` gives access to private and gated repositories; `pickles`
     fetches pickled weights instead of safetensors.
-    Raises `CheckpointError` where it is neither a directory nor a repository that can be reached.
+    Raises `CheckpointError` where it is neither a directory nor a repository that can be reached, `PickledCheckpoint`
+    where the repository has pickles only.
     """
     path = Path(path_or_hub_id).expanduser()
     if path.is_dir():
@@ -35,6 +37,8 @@ def resolve(
     if path.exists():
         raise CheckpointError(f"{path} is a file: give the directory of a checkpoint")
     name = str(path_or_hub_id)
+    if re.fullmatch(r"[\w-]+", name) and (SHIPPED / name).is_dir():
+        return SHIPPED / name
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", name):
         raise CheckpointError(f"no such directory: {name}")
     import huggingface_hub
