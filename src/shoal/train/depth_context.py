@@ -38,7 +38,14 @@ LAYER_CLASSES = {
 }
 """Decoder layer classes of transformers that are known to be causal, to return a tensor, and to take what `cut` can cut."""
 
-PASSED_ON = {"use_cache", "output_attentions", "output_hidden_states", "num_items_in_batch", "is_causal"}
+PASSED_ON = {
+    "use_cache",
+    "output_attentions",
+    "output_hidden_states",
+    "num_items_in_batch",
+    "is_causal",
+    "shift_labels",
+}
 """Arguments of a layer that do not depend on the number of columns."""
 
 
@@ -51,7 +58,9 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     layers = [m for m in model.modules() if any(c.__name__ in LAYER_CLASSES for c in type(m).__mro__)]
     if not layers:
         families = ", ".join(LAYER_CLASSES.values())
-        raise UnsupportedArchitecture(f"no decoder layers found in {type(model).__name__}; supported families: {families}")
+        raise UnsupportedArchitecture(
+            f"no decoder layers found in {type(model).__name__}; supported families: {families}"
+        )
     return layers
 
 
@@ -132,7 +141,9 @@ def cut(name: str, value: Any, columns: int, width: int) -> Any:
     )
 
 
-def _check_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _check_inputs(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Refuse inputs for which "the first columns" would not mean "the earliest tokens"; switch the cache off."""
     if kwargs.get("past_key_values") is not None:
         raise InvalidInput("a depth context runs whole sequences: call the model without past_key_values")
@@ -141,16 +152,22 @@ def _check_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
         if not isinstance(mask, Tensor) or mask.dim() != 2:
             raise InvalidInput("a depth context needs attention_mask as [batch, columns] of 0 and 1, or none")
         if mask.shape[1] > 1 and not bool((mask.bool().int().diff(dim=1).ne(0).sum(dim=1) <= 2).all()):
-            raise InvalidInput("attention_mask must read 'left padding, tokens, right padding' in every row; packed rows do not")
+            raise InvalidInput(
+                "attention_mask must read 'left padding, tokens, right padding' in every row; packed rows do not"
+            )
         runs = mask.bool()
         # 0 1 0 has two changes, but so has 1 0 1: a gap inside the row, which is not padding.
         if bool((runs[:, 0] & runs[:, -1] & ~runs.all(dim=1)).any()):
-            raise InvalidInput("attention_mask must read 'left padding, tokens, right padding' in every row; one has a gap")
+            raise InvalidInput(
+                "attention_mask must read 'left padding, tokens, right padding' in every row; one has a gap"
+            )
     if positions is not None and positions.dim() == 2 and positions.shape[1] > 1:
         falls = positions.diff(dim=1) < 1
         if mask is not None:
             falls = falls & (mask[:, 1:].bool() & mask[:, :-1].bool())
         if bool(falls.any()):
-            raise InvalidInput("position_ids start again within a row: packed sequences cannot run a depth plan, unpack them")
+            raise InvalidInput(
+                "position_ids start again within a row: packed sequences cannot run a depth plan, unpack them"
+            )
     kwargs["use_cache"] = False
     return args, kwargs

@@ -23,7 +23,7 @@ from shoal.depth.checkpoint import TunedDepth, fit_horizon
 from shoal.depth.plan import Dense, DepthPlan
 from shoal.depth.skipdecode import SkipDecode
 from shoal.errors import CheckpointError, InvalidInput, MissingExtra
-from shoal.train.data import Example, LengthGrouped, collate, prompt_columns, read_examples
+from shoal.train.data import LengthGrouped, collate, prompt_columns, read_examples
 from shoal.train.depth_context import decoder_layers, depth_context
 
 
@@ -130,3 +130,175 @@ class DepthTrainer(transformers.Trainer):
         with depth_context(model, plan, prompt_columns=prompt_columns(inputs)):
             loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         return loss
+
+
+class Progress(transformers.TrainerCallback):
+    """Calls `report(step, num_steps, loss)` whenever the Trainer logs a loss."""
+
+    def __init__(self, report: Callable[[int, int, float], None]) -> None:
+        self.report = report
+        self.loss = float("nan")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        """Pass the mean loss since the last log line on."""
+        if logs and "loss" in logs:
+            self.loss = logs["loss"]
+            self.report(state.global_step, state.max_steps, self.loss)
+
+
+def tune(
+    model: str,
+    data: Path,
+    output: Path,
+    config: TuneConfig,
+    *,
+    resume: bool = False,
+    report: Callable[[int, int, float], None] = lambda step, num_steps, loss: None,
+) -> TuneReport:
+    """Fine-tune the checkpoint `model` (directory or hub id) on the JSONL file `data` and write the checkpoint `output`.
+
+    `output` appears at the end, whole: config, safetensors weights, tokenizer and `depth_plan.json`. Until then the state of the
+    run is in `<output>.tuning`, from which `resume=True` goes on after an interruption, with the same result as without one.
+    Raises `InvalidInput` (bad data, existing output), `InvalidPlan` (a depth that the model does not allow), `MissingExtra`.
+    """
+    for package in ("accelerate", "peft") if config.lora_rank else ("accelerate",):
+        if find_spec(package) is None:
+            raise MissingExtra(f"tuning needs {package}: pip install 'shoal[train]'")
+    if output.exists():
+        raise InvalidInput(f"{output} exists already: choose another output or remove it")
+    network, tokenizer = load(model)
+    examples = read_examples(data, tokenizer, max_positions=network.config.max_position_embeddings)
+    horizon = config.horizon or fit_horizon(len(e.completion) for e in examples)
+    plans = plans_for(config.depths, len(decoder_layers(network)), horizon=horizon, warmup_layers=config.warmup_layers)
+    state = open_state(output, {"model": model, "data": str(data), **asdict(config)}, resume=resume)
+
+    transformers.set_seed(config.seed)
+    if config.lora_rank:
+        network = add_lora(network, config.lora_rank)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    progress = Progress(report)
+    trainer = DepthTrainer(
+        model=network,
+        args=arguments(config, state),
+        train_dataset=examples,
+        data_collator=functools.partial(collate, pad_token_id=pad),
+        callbacks=[progress],
+        plans=plans,
+        sampler=LengthGrouped(examples, batch_size=config.batch_size, seed=config.seed),
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    start = time.perf_counter()
+    trainer.train(resume_from_checkpoint=newest_checkpoint(state) if resume else None)
+    seconds = time.perf_counter() - start
+
+    trained: Any = trainer.model
+    if config.lora_rank:
+        trained = trained.merge_and_unload()
+    tuned = TunedDepth(
+        horizon=horizon, warmup_layers=config.warmup_layers, depths=tuple(sorted(set(config.depths), reverse=True))
+    )
+    write_checkpoint(output, trained, tokenizer, tuned)
+    shutil.rmtree(state)
+    return TuneReport(
+        output=output,
+        num_examples=len(examples),
+        steps=trainer.state.global_step,
+        final_loss=progress.loss,
+        horizon=horizon,
+        seconds=seconds,
+    )
+
+
+def load(model: str) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase]:
+    """The causal language model (float32) and tokenizer of a directory or hub id. Raises `CheckpointError`."""
+    try:
+        network = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot load {model}: {error}") from error
+    return network, tokenizer
+
+
+def add_lora(network: nn.Module, rank: int) -> Any:
+    """`network` with trainable LoRA adapters of `rank` on all linear layers but the head, everything else frozen."""
+    import peft
+
+    return peft.get_peft_model(
+        network,
+        peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"),
+    )
+
+
+def arguments(config: TuneConfig, state: Path) -> transformers.TrainingArguments:
+    """The Trainer's settings for `config`."""
+    # transformers is renaming this argument; the old name warns, the new one is missing from earlier releases.
+    names = transformers.TrainingArguments.__dataclass_fields__
+    checkpointing = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
+    return transformers.TrainingArguments(
+        output_dir=str(state),
+        num_train_epochs=config.epochs,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.03,
+        weight_decay=config.weight_decay,
+        adam_beta2=0.98,
+        max_grad_norm=1.0,
+        per_device_train_batch_size=config.batch_size // config.accumulate,
+        gradient_accumulation_steps=config.accumulate,
+        bf16=config.bfloat16,
+        use_cpu=not torch.cuda.is_available(),
+        seed=config.seed,
+        save_steps=config.save_every,
+        save_total_limit=2,
+        logging_steps=20,
+        disable_tqdm=True,
+        report_to="none",
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        **{checkpointing: config.gradient_checkpointing},  # type: ignore[arg-type]
+    )
+
+
+def open_state(output: Path, settings: dict[str, Any], *, resume: bool) -> Path:
+    """The directory `<output>.tuning` of a run with `settings`, checked against what is there."""
+    state = output.with_name(output.name + ".tuning")
+    record = state / "settings.json"
+    settings = json.loads(json.dumps(settings))
+    if resume:
+        if not record.is_file():
+            raise InvalidInput(f"nothing to resume: {state} holds no run")
+        before = json.loads(record.read_text(encoding="utf-8"))
+        changed = [name for name in settings if settings[name] != before.get(name)]
+        if changed:
+            name = changed[0]
+            raise InvalidInput(
+                f"cannot resume with another {name}: {before.get(name)!r} before, {settings[name]!r} now"
+            )
+    elif state.exists():
+        raise InvalidInput(f"{state} holds an interrupted run: resume it, or remove that directory")
+    else:
+        state.mkdir(parents=True)
+        record.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    return state
+
+
+def newest_checkpoint(state: Path) -> str | None:
+    """The newest whole checkpoint of an interrupted run; the Trainer writes `trainer_state.json` last."""
+    whole = [p.parent for p in state.glob("checkpoint-*/trainer_state.json") if p.stat().st_size]
+    return str(max(whole, key=lambda p: int(p.name.split("-")[1]))) if whole else None
+
+
+def write_checkpoint(
+    output: Path, network: Any, tokenizer: transformers.PreTrainedTokenizerBase, tuned: TunedDepth
+) -> None:
+    """Write an ordinary Hugging Face checkpoint with `depth_plan.json`; `output` appears whole or not at all."""
+    partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    try:
+        network.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        tuned.save(partial)
+        partial.chmod(0o755)  # mkdtemp makes it private
+        os.replace(partial, output)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise

@@ -1,0 +1,184 @@
+"""Tuning end to end on a 2-layer model: the checkpoint, resuming, LoRA, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from shoal.depth.checkpoint import TunedDepth
+from shoal.depth.plan import ALWAYS
+from shoal.errors import CheckpointError, InvalidInput, InvalidPlan
+from shoal.train.tune import TuneConfig, newest_checkpoint, plan_at, plans_for, tune
+
+pytestmark = [
+    # transformers' own renaming of checkpointing, seen through accelerate and peft
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning:peft"),
+]
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+def make_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """One token per letter."""
+    vocab = {token: i for i, token in enumerate(["<pad>", "</s>", "<unk>", *LETTERS])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random 3-layer checkpoint and, beside it, data: the completion repeats the prompt's last letter."""
+    home = tmp_path_factory.mktemp("start")
+    torch.manual_seed(0)
+    config = transformers.OPTConfig(
+        vocab_size=29, hidden_size=16, word_embed_proj_dim=16, num_hidden_layers=3, num_attention_heads=2, ffn_dim=32,
+        max_position_embeddings=32, dropout=0.1, pad_token_id=0, bos_token_id=None, eos_token_id=1,
+    )  # fmt: skip
+    transformers.OPTForCausalLM(config).save_pretrained(home / "model")
+    make_tokenizer().save_pretrained(home / "model")
+    with (home / "data.jsonl").open("w", encoding="utf-8") as file:
+        for i in range(120):
+            letters = [LETTERS[(i * k) % 26] for k in range(1, 3 + i % 4)]
+            row = {"prompt": " ".join(letters), "completion": " ".join(letters[-1:] * (1 + i % 5))}
+            file.write(json.dumps(row) + "\n")
+    return home
+
+
+CONFIG = TuneConfig(depths=(1.0, 2 / 3), epochs=2, batch_size=16, learning_rate=1e-2, save_every=3)
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    return load_file(directory / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def tuned(start: Path) -> Path:
+    """The uninterrupted run."""
+    losses = []
+    report = tune(
+        str(start / "model"),
+        start / "data.jsonl",
+        start / "tuned",
+        CONFIG,
+        report=lambda step, num_steps, loss: losses.append((step, num_steps, loss)),
+    )
+    assert report.num_examples == 120
+    assert report.steps == 16
+    assert report.horizon == 4  # median of 2..6 tokens, the end-of-sequence token included
+    return start / "tuned"
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_the_result_is_an_ordinary_checkpoint_with_its_plan(tuned: Path):
+    model = transformers.AutoModelForCausalLM.from_pretrained(tuned)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tuned)
+    assert model.config.num_hidden_layers == 3
+    assert tokenizer("a b")["input_ids"] == [3, 4]
+    assert TunedDepth.load(tuned) == TunedDepth(horizon=4, warmup_layers=1, depths=(1.0, 2 / 3))
+    assert not tuned.with_name("tuned.tuning").exists()
+    assert not list(tuned.parent.glob(".tuned.*"))
+
+
+def test_tuning_lowers_the_loss(start: Path, tmp_path: Path):
+    losses = []
+    config = TuneConfig(depths=(1.0, 2 / 3), epochs=12, batch_size=16, learning_rate=1e-2)
+    tune(
+        str(start / "model"), start / "data.jsonl", tmp_path / "out", config,
+        report=lambda step, num_steps, loss: losses.append(loss),
+    )  # fmt: skip
+    assert losses[-1] < 0.7 * losses[0]
+
+
+CHILD = """
+import sys
+from pathlib import Path
+from shoal.train.tune import TuneConfig, tune
+home, output = Path(sys.argv[1]), Path(sys.argv[2])
+tune(str(home / "model"), home / "data.jsonl", output, TuneConfig(**eval(sys.argv[3])))
+"""
+
+
+def test_killed_run_resumes_to_the_same_weights(start: Path, tuned: Path, tmp_path: Path):
+    output = tmp_path / "resumed"
+    state = tmp_path / "resumed.tuning"
+    command = [sys.executable, "-c", CHILD, str(start), str(output), repr(asdict(CONFIG))]
+    child = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    try:
+        while newest_checkpoint(state) is None:
+            assert child.poll() is None, "the run ended before its first checkpoint was seen"
+            time.sleep(0.005)
+    finally:
+        child.kill()
+        child.wait()
+    assert not output.exists()
+
+    with pytest.raises(InvalidInput, match="interrupted run"):
+        tune(str(start / "model"), start / "data.jsonl", output, CONFIG)
+    other = replace(CONFIG, seed=9)
+    with pytest.raises(InvalidInput, match="another seed: 0 before, 9 now"):
+        tune(str(start / "model"), start / "data.jsonl", output, other, resume=True)
+
+    report = tune(str(start / "model"), start / "data.jsonl", output, CONFIG, resume=True)
+    assert report.steps == 16
+    expected, found = weights(tuned), weights(output)
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_a_half_written_checkpoint_is_not_resumed_from(tmp_path: Path):
+    for step, whole in ((3, True), (6, True), (9, False), (12, None)):
+        directory = tmp_path / f"checkpoint-{step}"
+        directory.mkdir()
+        if whole is not None:
+            (directory / "trainer_state.json").write_text("{}" if whole else "", encoding="utf-8")
+    assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-6")
+
+
+def test_lora_is_merged(start: Path, tmp_path: Path):
+    pytest.importorskip("peft", reason="peft comes with the extra 'train'")
+    config = TuneConfig(depths=(2 / 3,), batch_size=16, accumulate=2, learning_rate=1e-2, lora_rank=2)
+    tune(str(start / "model"), start / "data.jsonl", tmp_path / "out", config)
+    before, after = weights(start / "model"), weights(tmp_path / "out")
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert any("q_proj.weight" in name for name in changed)
+    assert all(name.endswith("weight") and "layers" in name and "norm" not in name for name in changed)
+
+
+def test_plans_are_drawn_evenly_and_repeatably():
+    plans = plans_for((1.0, 1.0, 0.5, 0.25), 12, horizon=8, warmup_layers=1)
+    drawn = [plan_at(plans, batch, seed=3) for batch in range(40)]
+    assert drawn == [plan_at(plans, batch, seed=3) for batch in range(40)]
+    assert drawn != [plan_at(plans, batch, seed=4) for batch in range(40)]
+    for cycle in range(0, 40, 4):
+        assert sorted(p.cutoffs for p in drawn[cycle : cycle + 4]) == sorted(p.cutoffs for p in plans)
+    assert plans[0].cutoffs == (ALWAYS,) * 12
+
+
+def test_what_is_refused(start: Path, tmp_path: Path):
+    model, data = str(start / "model"), start / "data.jsonl"
+    with pytest.raises(InvalidInput, match="exists already"):
+        tune(model, data, tmp_path, CONFIG)
+    with pytest.raises(InvalidPlan, match="choose between 2/3"):
+        tune(model, data, tmp_path / "out", TuneConfig(depths=(0.2,)))
+    with pytest.raises(CheckpointError, match="cannot load"):
+        tune(str(tmp_path / "nothing"), data, tmp_path / "out", CONFIG)
+    for wrong in ({"epochs": 0}, {"depths": ()}, {"batch_size": 5, "accumulate": 2}, {"lora_rank": 0}):
+        with pytest.raises(InvalidInput, match=next(reversed(wrong))):
+            TuneConfig(**wrong)
+    assert not list(tmp_path.iterdir())
