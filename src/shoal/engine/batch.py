@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from shoal.engine.cache import KVCache
 from shoal.models.passes import LayerWork, Pass, Run
 
 Ints = NDArray[np.int64]
@@ -38,14 +39,13 @@ def deepest_first(rows: Rows) -> Rows:
     )
 
 
-def build_pass(
-    rows: Rows, token_ids: Sequence[int], emits: NDArray[np.bool_], *, dtype: torch.dtype, device: torch.device
-) -> Pass:
+def build_pass(rows: Rows, token_ids: Sequence[int], emits: NDArray[np.bool_], cache: KVCache) -> Pass:
     """The input of the decoder.
 
     Args: `token_ids`: the rows' tokens in the rows' order; `emits` [R]: whether the logits after its last token are wanted;
-    `dtype`: of the model, for attention biases.
+    `cache`: where the rows' keys are, for the layout of attention calls.
     """
+    device = cache.device
     ends = np.cumsum(rows.num_tokens)
     positions = np.concatenate(
         [np.arange(start, start + n) for start, n in zip(rows.starts, rows.num_tokens, strict=True)]
@@ -56,7 +56,7 @@ def build_pass(
     for column in rows.served.T:
         key = column.tobytes()
         if key not in works:
-            works[key] = _layer_work(rows, column, slots, positions, dtype, device) if column.any() else None
+            works[key] = _layer_work(rows, column, slots, positions, cache) if column.any() else None
         layers.append(works[key])
     return Pass(
         token_ids=torch.tensor(token_ids, device=device),
@@ -66,10 +66,9 @@ def build_pass(
     )
 
 
-def _layer_work(
-    rows: Rows, served: Ints, slots: Ints, positions: Ints, dtype: torch.dtype, device: torch.device
-) -> LayerWork:
+def _layer_work(rows: Rows, served: Ints, slots: Ints, positions: Ints, cache: KVCache) -> LayerWork:
     """The tokens that a layer serves when it takes the leading `served` [R] of each row."""
+    device = cache.device
     last = int(np.flatnonzero(served)[-1])
     total = int(served.sum())
     leading = bool((served[:last] == rows.num_tokens[:last]).all())
@@ -85,11 +84,11 @@ def _layer_work(
         select=None if select is None else _tensor(select, device),
         slots=_tensor(slots, device),
         positions=_tensor(positions, device),
-        runs=tuple(_runs(rows, served, dtype, device)),
+        runs=tuple(_runs(rows, served, cache)),
     )
 
 
-def _runs(rows: Rows, served: Ints, dtype: torch.dtype, device: torch.device) -> list[Run]:
+def _runs(rows: Rows, served: Ints, cache: KVCache) -> list[Run]:
     """Group active rows that are neighbours in the cache and bring equally many tokens."""
     runs = []
     token = 0
@@ -99,7 +98,9 @@ def _runs(rows: Rows, served: Ints, dtype: torch.dtype, device: torch.device) ->
         starts, tokens_per_row = rows.starts[group], int(served[group[0]])
         num_keys = int(starts.max()) + tokens_per_row
         causal = tokens_per_row > 1 and not starts.any()
-        needs_bias = not causal and (tokens_per_row > 1 or bool((starts != starts[0]).any()))
+        if tokens_per_row == 1:
+            num_keys = cache.num_keys_to_read(num_keys)
+        hidden = _hidden(starts, tokens_per_row, num_keys)
         runs.append(
             Run(
                 first_token=token,
@@ -107,7 +108,7 @@ def _runs(rows: Rows, served: Ints, dtype: torch.dtype, device: torch.device) ->
                 tokens_per_row=tokens_per_row,
                 first_slot=int(rows.slots[group[0]]),
                 num_keys=num_keys,
-                bias=_bias(starts, tokens_per_row, num_keys, dtype, device) if needs_bias else None,
+                bias=None if causal or not hidden.any() else _bias(hidden, cache),
                 causal=causal,
             )
         )
@@ -115,12 +116,17 @@ def _runs(rows: Rows, served: Ints, dtype: torch.dtype, device: torch.device) ->
     return runs
 
 
-def _bias(starts: Ints, tokens_per_row: int, num_keys: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[n, 1, T, S]: -inf where a key comes after the token; row r's token t stands at position `starts[r] + t`."""
+def _hidden(starts: Ints, tokens_per_row: int, num_keys: int) -> NDArray[np.bool_]:
+    """[n, 1, T, S]: whether a key comes after the token; row r's token t stands at position `starts[r] + t`."""
     position = starts[:, None, None, None] + np.arange(tokens_per_row)[:, None]
-    hidden = np.arange(num_keys) > position
-    bias = torch.zeros(hidden.shape, dtype=dtype, device=device)
-    return bias.masked_fill_(torch.from_numpy(hidden).to(device), -torch.inf)
+    hidden: NDArray[np.bool_] = np.arange(num_keys) > position
+    return hidden
+
+
+def _bias(hidden: NDArray[np.bool_], cache: KVCache) -> Tensor:
+    """0 where a key may be seen, -inf where it is hidden."""
+    bias = torch.zeros(hidden.shape, dtype=cache.dtype, device=cache.device)
+    return bias.masked_fill_(torch.from_numpy(hidden).to(cache.device), -torch.inf)
 
 
 def _tensor(array: Ints, device: torch.device) -> Tensor:

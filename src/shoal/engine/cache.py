@@ -15,8 +15,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from shoal.depth.cost import BLOCK_TOKENS, blocks
+from shoal.depth.cost import BLOCK_TOKENS
 from shoal.depth.shape import ModelShape
+
+CAPACITY_STEP = 64
+"""Positions by which slots grow, a multiple of the block size."""
 
 
 class KVCache:
@@ -40,7 +43,7 @@ class KVCache:
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         self._arenas: dict[int, mmap.mmap] = {}
-        self.reserve(256)
+        self.reserve(CAPACITY_STEP)
 
     @property
     def bytes_per_block(self) -> int:
@@ -53,19 +56,33 @@ class KVCache:
         return int(self.num_blocks.sum())
 
     def reserve(self, num_positions: int) -> None:
-        """Make every slot able to hold `num_positions`; what is cached is kept. Capacity doubles, so this is rare."""
-        if num_positions <= self.max_positions:
+        """Make every slot able to hold `num_positions`; what is cached is kept.
+
+        Capacity follows the longest request, since `num_keys_to_read` reads up to it, and shrinks when the cache is idle.
+        """
+        capacity = CAPACITY_STEP * -(-num_positions // CAPACITY_STEP)
+        idle = len(self.free_slots) == self.num_slots
+        if capacity <= self.max_positions and not (idle and 2 * capacity < self.max_positions):
             return
-        capacity = max(BLOCK_TOKENS * blocks(num_positions), 2 * self.max_positions)
-        old_keys, old_values, old_arenas = self.keys, self.values, self._arenas
+        old_tensors, old_arenas = self.keys + self.values, self._arenas
         self._arenas = {}
         self.keys = [self._allocate(capacity) for _ in range(self.shape.num_layers)]
         self.values = [self._allocate(capacity) for _ in range(self.shape.num_layers)]
-        for new, old in zip(self.keys + self.values, old_keys + old_values, strict=False):
-            for slot in set(range(self.num_slots)) - set(self.free_slots):
-                new[slot, :, : self.max_positions] = old[slot]
-        old_arenas.clear()
         self.max_positions = capacity
+        for new, old, held in zip(self.keys + self.values, old_tensors, [*self.num_blocks.T] * 2, strict=False):
+            for slot in np.flatnonzero(held).tolist():
+                filled = int(held[slot]) * BLOCK_TOKENS
+                new[slot, :, :filled] = old[slot, :, :filled]
+        old_arenas.clear()
+
+    def num_keys_to_read(self, num_keys: int) -> int:
+        """How many positions of a slot attention should read to see the first `num_keys`; the rest is masked.
+
+        oneDNN copies operands whose batches do not lie densely behind each other, which costs more than reading a slot to its
+        end (`docs/log.md`), unless that is more than twice as long. Float32 products are done without oneDNN and without a copy.
+        """
+        whole = self.device.type == "cpu" and self.dtype != torch.float32 and self.max_positions <= 2 * num_keys
+        return self.max_positions if whole else num_keys
 
     def acquire(self) -> int:
         """Take a free slot, the lowest, so that rows which run together lie together."""

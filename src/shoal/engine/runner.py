@@ -57,8 +57,7 @@ class Runner:
         token_ids = itertools.chain.from_iterable(request.tokens(start, count) for request, start, count in spans)
 
         self.cache.hold(rows.slots, np.where(rows.served > 0, rows.starts[:, None] + rows.served, 0))
-        inputs = build_pass(rows, list(token_ids), emits, dtype=self.decoder.dtype, device=self.decoder.device)
-        logits = self.decoder(inputs, self.cache)
+        logits = self.decoder(build_pass(rows, list(token_ids), emits, self.cache), self.cache)
         self.slots.record(rows)
 
         emitting = [request for request, emit in zip(requests, emits, strict=True) if emit]

@@ -21,14 +21,15 @@ class Scheduler:
     def admit(self) -> None:
         """Move waiting requests into free slots while the cache budget holds."""
         reserved = self.slots.reserved_blocks()
-        while self.waiting and self.cache.free_slots:
-            request = self.waiting[0]
-            peak_blocks = int(request.future_blocks[0])
-            if reserved + peak_blocks > self.cache.budget_blocks:
-                return
-            reserved += peak_blocks
-            self.waiting.popleft()
-            self.cache.reserve(len(request.prompt) + request.sampling.max_new_tokens - 1)
+        admitted: list[Request] = []
+        while self.waiting and len(admitted) < len(self.cache.free_slots):
+            reserved += int(self.waiting[0].future_blocks[0])
+            if reserved > self.cache.budget_blocks:
+                break
+            admitted.append(self.waiting.popleft())
+        if admitted:
+            self.cache.reserve(max(len(r.prompt) + r.sampling.max_new_tokens - 1 for r in admitted))
+        for request in admitted:
             self.slots.enter(self.cache.acquire(), request)
 
     def schedule(self) -> dict[int, int]:
