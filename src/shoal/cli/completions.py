@@ -44,7 +44,7 @@ class CompletionsFile:
     def __init__(self, path: str, prompts: Sequence[PromptLine], *, samples: int = 1, resume: bool = False) -> None:
         """Open `path` for the completions of `prompts`, `samples` of each.
 
-        Raises `InvalidInput` if the file exists and `resume` is False, or if its lines are not those of `prompts`.
+        Raises `InvalidInput` if the file holds anything and `resume` is False, or if its lines are not those of `prompts`.
         """
         self._prompts = prompts
         self._samples = samples
@@ -55,10 +55,10 @@ class CompletionsFile:
                 raise InvalidInput("--resume needs a file to continue: give one with -o")
             self._file = sys.stdout.buffer
             return
+        if not resume and Path(path).is_file() and Path(path).stat().st_size:
+            raise InvalidInput(f"{path} exists: continue it with --resume, or choose another name")
         try:
-            self._file = open(path, "r+b" if resume and Path(path).exists() else "x+b")  # noqa: SIM115 closed by __exit__
-        except FileExistsError:
-            raise InvalidInput(f"{path} exists: continue it with --resume, or choose another name") from None
+            self._file = open(path, "a+b")  # noqa: SIM115 closed by __exit__
         except OSError as error:
             raise InvalidInput(f"{path} cannot be written: {error.strerror}") from None
         try:
@@ -70,6 +70,7 @@ class CompletionsFile:
     def _continue(self, path: str) -> None:
         """Count the prompts that the file holds whole and cut off what follows: a torn line, or part of n samples."""
         end = offset = 0
+        self._file.seek(0)
         for number, line in enumerate(self._file):
             if not line.endswith(b"\n"):
                 break
@@ -95,7 +96,6 @@ class CompletionsFile:
                 end = offset
                 self.num_written = index + 1
         self._file.truncate(end)
-        self._file.seek(end)
 
     def add(self, index: int, sample: int, record: dict[str, Any]) -> None:
         """Take one completion of prompt `index`; write it, and those that waited, once all before it are there."""
@@ -111,9 +111,9 @@ class CompletionsFile:
             # One write of whole lines: what an interrupt or a kill leaves behind is at worst one torn line at the end.
             self._file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
             self._file.flush()
+            self.num_written += 1
             if self._file is not sys.stdout.buffer:
                 os.fsync(self._file.fileno())
-            self.num_written += 1
 
     def __enter__(self) -> CompletionsFile:
         return self

@@ -6,9 +6,14 @@ from typing import Any
 
 import typer
 from rich.console import Console
+from rich.text import Text
 from typer.core import TyperGroup
 
+from shoal.cli.convert import convert
+from shoal.cli.generate import generate
+from shoal.cli.info import info
 from shoal.cli.plan import plan
+from shoal.cli.tune import tune
 from shoal.errors import CheckpointError, InvalidInput, MissingExtra, ShoalError
 
 
@@ -19,7 +24,7 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except ShoalError as error:
-            Console(stderr=True).print(f"[bold red]Error:[/] {error}", highlight=False, soft_wrap=True)
+            Console(stderr=True).print(Text.assemble(("Error: ", "bold red"), str(error)), soft_wrap=True)
             raise typer.Exit(2 if isinstance(error, InvalidInput | CheckpointError | MissingExtra) else 1) from None
         except KeyboardInterrupt:
             Console(stderr=True).print("Interrupted.")
@@ -29,15 +34,12 @@ class Commands(TyperGroup):
 app = typer.Typer(
     cls=Commands,
     no_args_is_help=True,
+    add_completion=False,
     pretty_exceptions_enable=False,
-    help="Generate with a language model at a fraction of its depth, and see what was spent.",
+    help="Generate with an open-weight language model at a fraction of its depth, and see what was spent.",
 )
-app.command()(plan)
-
-
-@app.callback()
-def callback() -> None:
-    """Keeps `shoal plan` a subcommand even while there is only one."""
+for command in (generate, plan, info, convert, tune):
+    app.command()(command)
 
 
 if __name__ == "__main__":

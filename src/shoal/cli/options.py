@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -24,48 +24,52 @@ def parse_depth(text: str) -> float:
 
 Model = Annotated[
     str,
-    typer.Argument(
-        metavar="MODEL", help="A checkpoint directory, a hub id, or shoal-e2e, the model that ships with Shoal."
-    ),
+    typer.Argument(help="A checkpoint directory, a hub id, or shoal-e2e, the model that ships with Shoal."),
 ]
+
+
+def option(panel: str, help: str, *names: str, **more: Any) -> Any:
+    """A typer option in a panel of the help page; `names` where they are not those of the parameter."""
+    return typer.Option(*names, rich_help_panel=panel, help=help, **more)
+
+
 Depth = Annotated[
     float | None,
-    typer.Option(
+    option(
+        "Depth",
+        "Mean share of the layers that a generated token runs, e.g. 1/2. Default: all.",
         parser=parse_depth,
         metavar="SHARE",
-        help="Mean share of the layers that a generated token runs, e.g. 1/2. Default: all.",
     ),
 ]
 MinLayers = Annotated[
-    int | None, typer.Option(help="Instead of --depth: layers that run from the horizon on, warm-up included.")
+    int | None, option("Depth", "Instead of --depth: layers that run from the horizon on, warm-up included.")
 ]
 MaxLayers = Annotated[
-    int | None, typer.Option(help="Instead of --depth: layers that the first generated token runs, warm-up included.")
+    int | None, option("Depth", "Instead of --depth: layers that the first generated token runs, warm-up included.")
 ]
 Horizon = Annotated[
     int | None,
-    typer.Option(
-        help="Tokens over which the depth falls. Default: the one the checkpoint was tuned with, else --max-new-tokens."
+    option(
+        "Depth", "Tokens over which depth falls. Default: what the checkpoint was tuned with, else the most new tokens."
     ),
 ]
 WarmupLayers = Annotated[
-    int | None, typer.Option(help="Bottom layers that always run. Default: the checkpoint's, else 1.")
+    int | None, option("Depth", "Bottom layers that always run. Default: the checkpoint's, else 1.")
 ]
 Clock = Annotated[
     Literal["generated", "column"],
-    typer.Option(
-        help="What the depth falls with: generated tokens, or all columns, so that the prompt uses up the decay."
-    ),
+    option("Depth", "What depth falls with: generated tokens, or all columns, so that the prompt uses up the decay."),
 ]
 PromptLayers = Annotated[
     Literal["all", "max_layers"],
-    typer.Option(help="Layers that the prompt runs: all, or only those of the first generated token."),
+    option("Depth", "Layers that the prompt runs: all, or only those of the first generated token."),
 ]
-Dtype = Annotated[Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="auto: as the checkpoint says.")]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
-Token = Annotated[
-    str | None, typer.Option(envvar="HF_TOKEN", show_envvar=True, help="Access token for the hub.", show_default=False)
+Dtype = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"], option("Model", "Of the weights; auto: the checkpoint's.")
 ]
+Revision = Annotated[str | None, option("Model", "Branch, tag or commit of a hub id.")]
+Token = Annotated[str | None, option("Model", "Access token for the hub.", envvar="HF_TOKEN", show_default=False)]
 
 
 def depth_policy(

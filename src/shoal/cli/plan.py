@@ -164,13 +164,12 @@ def _read_sizes(
     model: str, *, dtype: str, revision: str | None, token: str | None
 ) -> tuple[ModelShape, TunedDepth | None]:
     """Sizes from config.json, and what the checkpoint was tuned for."""
-    from shoal.models.families import decoder_config
-    from shoal.models.hub import resolve
-    from shoal.models.json_files import read_json
+    from shoal.models.directory import read_config, resolve
+    from shoal.models.families import configure
 
     directory = resolve(model, revision=revision, token=token)
-    raw = read_json(directory / "config.json")
+    raw = read_config(directory)
     if dtype == "auto":
         dtype = str(raw.get("dtype") or raw.get("torch_dtype") or "float32")
-    config = decoder_config(raw, bytes_per_value=4 if dtype == "float32" else 2)
+    config, _ = configure(raw, bytes_per_value=4 if dtype == "float32" else 2)
     return config.shape, TunedDepth.load(directory)

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from rich.table import Table
 
 from shoal.cli.format import quantity, share
 from shoal.engine.ledger import EngineStats, Ledger
+from shoal.engine.request import Generation
 
 
-@dataclass(frozen=True)
-class Run:
-    """What some requests cost that an engine ran together."""
+@dataclass(kw_only=True)
+class RunCost:
+    """What a list of prompts cost under one policy."""
 
-    ledger: Ledger
+    ledger: Ledger = field(default_factory=Ledger)
     """The sum over the requests."""
-    stats: EngineStats
+    stats: EngineStats = field(default_factory=EngineStats)
     """What they shared."""
+    num_requests: int = 0
+    """Completions that ended, however they ended."""
+    num_failed: int = 0
+    """Those that ended with an error."""
+    num_past_horizon: int = 0
+    """Those that ran on past the horizon of their plan."""
 
     @property
     def decode_s_per_token(self) -> float:
@@ -29,8 +36,15 @@ class Run:
         """Seconds of all passes per emitted token."""
         return (self.stats.prompt_s + self.stats.decode_s) / max(1, self.ledger.new_tokens)
 
+    def add(self, done: Generation) -> None:
+        """Count one completion."""
+        self.ledger += done.ledger
+        self.num_requests += 1
+        self.num_failed += done.finish_reason == "error"
+        self.num_past_horizon += done.past_horizon
 
-def savings_table(run: Run, dense: Run | None = None) -> Table:
+
+def savings_table(run: RunCost, dense: RunCost | None = None) -> Table:
     """The four savings of `run`.
 
     Its dense figures are counted for the same tokens in the same passes. Only wall clock needs a dense run that was
@@ -57,7 +71,7 @@ def savings_table(run: Run, dense: Run | None = None) -> Table:
     consumed = ledger.prompt_tokens + ledger.decode_passes
     dense_layer_tokens = ledger.dense_prompt_layer_tokens + ledger.dense_decode_layer_tokens
     row(
-        "mean layers per token",
+        "mean layers",
         (ledger.decode_layer_tokens / passes, ledger.dense_decode_layer_tokens / passes),
         (ledger.layer_tokens / consumed, dense_layer_tokens / consumed),
     )
@@ -73,9 +87,9 @@ def savings_table(run: Run, dense: Run | None = None) -> Table:
         unit="B",
     )
     row(
-        "wall clock per new token",
-        (run.decode_s_per_token, dense and dense.decode_s_per_token),
-        (run.total_s_per_token, dense and dense.total_s_per_token),
+        "time per token",
+        (run.decode_s_per_token, dense.decode_s_per_token if dense else None),
+        (run.total_s_per_token, dense.total_s_per_token if dense else None),
         unit="s",
     )
     return table

@@ -1,0 +1,227 @@
+"""`shoal generate`: a file of prompts in, a file of completions out, and what they cost."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from shoal.cli import options
+from shoal.cli.completions import CompletionsFile
+from shoal.cli.format import quantity
+from shoal.cli.job import run_prompts
+from shoal.cli.options import option
+from shoal.cli.prompts import Format, read_prompts
+from shoal.cli.savings import RunCost, savings_table
+from shoal.depth.checkpoint import fit_horizon
+from shoal.depth.plan import Dense
+from shoal.depth.skipdecode import SkipDecode
+from shoal.engine.engine import Engine
+from shoal.engine.request import Generation
+from shoal.engine.sampling import Sampling
+from shoal.errors import InvalidInput
+
+
+def generate(
+    model: options.Model,
+    prompts: Annotated[str, typer.Argument(help="JSONL, CSV or text, a prompt per line; - is standard input.")],
+    *,
+    out: Annotated[str, typer.Option("--out", "-o", help="JSONL file of completions; - is standard output.")],
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted OUT.")] = False,
+    format: Annotated[Format | None, typer.Option(help="Of PROMPTS. Default: by its suffix, text for -.")] = None,
+    prompt_column: Annotated[
+        str | None, typer.Option(help="Field or column that holds the prompt. Default: prompt, or the only column.")
+    ] = None,
+    token_ids: Annotated[bool, typer.Option("--token-ids", help="Write the tokens of each completion.")] = False,
+    compare_dense: Annotated[
+        bool, typer.Option("--compare-dense", help="Run every layer as well, and compare wall clock.")
+    ] = False,
+    timeout_s: Annotated[float | None, typer.Option(help="Seconds after which what is unfinished ends.")] = None,
+    depth: options.Depth = None,
+    min_layers: options.MinLayers = None,
+    max_layers: options.MaxLayers = None,
+    horizon: options.Horizon = None,
+    horizon_from: Annotated[
+        Path | None,
+        option("Depth", "Fit the horizon: expected lengths in tokens, one per line, or JSONL with `completion`."),
+    ] = None,
+    warmup_layers: options.WarmupLayers = None,
+    clock: options.Clock = "generated",
+    prompt_layers: options.PromptLayers = "all",
+    max_new_tokens: Annotated[int, option("Sampling", "Most tokens to emit, end of sequence included.")] = 64,
+    min_new_tokens: Annotated[int, option("Sampling", "Tokens to emit before the end is allowed.")] = 0,
+    temperature: Annotated[float, option("Sampling", "0 is greedy.")] = 0.0,
+    top_k: Annotated[int | None, option("Sampling", "Keep the k most probable tokens.")] = None,
+    top_p: Annotated[float | None, option("Sampling", "Keep the most probable tokens that reach p together.")] = None,
+    min_p: Annotated[
+        float | None, option("Sampling", "Keep tokens with this share of the most probable one's probability.")
+    ] = None,
+    repetition_penalty: Annotated[float, option("Sampling", "1 is off.")] = 1.0,
+    presence_penalty: Annotated[float, option("Sampling", "Subtracted once from tokens that were emitted.")] = 0.0,
+    frequency_penalty: Annotated[float, option("Sampling", "Subtracted per time a token was emitted.")] = 0.0,
+    stop: Annotated[list[str] | None, option("Sampling", "A string that ends the completion; may be repeated.")] = None,
+    ignore_eos: Annotated[bool, option("Sampling", "Go on past end of sequence.", "--ignore-eos")] = False,
+    seed: Annotated[int, option("Sampling", "The same seed gives the same tokens, in any company.")] = 0,
+    n: Annotated[int, option("Sampling", "Completions per prompt.")] = 1,
+    logprobs: Annotated[
+        int | None, option("Sampling", "Write the log-probabilities of emitted tokens and of this many top ones.")
+    ] = None,
+    dtype: options.Dtype = "auto",
+    device: Annotated[str, option("Model", "cpu, cuda or cuda:1.")] = "cpu",
+    threads: Annotated[int | None, option("Model", "CPU threads. Default: PyTorch's choice.")] = None,
+    max_batch: Annotated[int, option("Model", "Most requests that run together.")] = 32,
+    cache_gib: Annotated[float | None, option("Model", "KV cache budget. Default: half of the free memory.")] = None,
+    revision: options.Revision = None,
+    token: options.Token = None,
+) -> None:
+    """Complete a file of prompts.
+
+    shoal generate shoal-e2e prompts.jsonl -o completions.jsonl --depth 1/2
+
+    head -1 prompts.txt | shoal generate shoal-e2e - -o - --depth 1/3
+    """
+    policy = options.depth_policy(
+        depth=depth,
+        min_layers=min_layers,
+        max_layers=max_layers,
+        horizon=horizon,
+        warmup_layers=warmup_layers,
+        clock=clock,
+        prompt_layers=prompt_layers,
+    )
+    if horizon_from is not None and (horizon is not None or not isinstance(policy, SkipDecode)):
+        raise InvalidInput("--horizon-from goes with --depth or bounds, and instead of --horizon")
+    lines = read_prompts(prompts, format=format, column=prompt_column)
+    console = Console(stderr=True)
+    sampling = Sampling(
+        max_new_tokens=max_new_tokens,
+        min_new_tokens=min_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        stop=tuple(stop or ()),
+        ignore_eos=ignore_eos,
+        seed=seed,
+        n=n,
+        logprobs=logprobs,
+    )
+    with CompletionsFile(out, lines, samples=n, resume=resume) as completions:
+        engine = Engine.from_pretrained(
+            model,
+            dtype=dtype,
+            device=device,
+            threads=threads,
+            revision=revision,
+            token=token,
+            max_batch=max_batch,
+            cache_gib=cache_gib,
+        )
+        if horizon_from is not None and isinstance(policy, SkipDecode):
+            policy = replace(policy, horizon=fit_horizon(read_lengths(horizon_from, engine.tokenizer)))
+            console.print(Text(f"horizon {policy.horizon}, the median length in {horizon_from}"))
+        first = completions.num_written
+        if first:
+            console.print(f"{first} of {len(lines)} prompts are done already", highlight=False)
+        run_todo = partial(run_prompts, engine, lines, sampling, first=first, timeout_s=timeout_s, console=console)
+        try:
+            run = run_todo(
+                policy,
+                label="generating",
+                on_finish=lambda done: completions.add(done.index, done.sample, record(done, token_ids=token_ids)),
+            )
+            dense = run_todo(Dense(), label="every layer") if compare_dense else None
+        except KeyboardInterrupt:
+            message = f"Interrupted: {completions.num_written} of {len(lines)} prompts are in {out}."
+            if out != "-":
+                command = [argument for argument in sys.argv[1:] if argument != "--resume"]
+                message += f"\nContinue with: shoal {shlex.join(command)} --resume"
+            console.print(Text(message), soft_wrap=True)
+            raise typer.Exit(130) from None
+    if run.num_requests:
+        report(console, run, dense)
+    if run.num_failed:
+        raise typer.Exit(1)
+
+
+def record(done: Generation, *, token_ids: bool) -> dict[str, Any]:
+    """What the output says of a completion, beside the fields of its prompt."""
+    ledger = done.ledger
+    flops = ledger.prompt_flops + ledger.decode_flops
+    fields: dict[str, Any] = {"completion": done.text}
+    if token_ids:
+        fields["token_ids"] = list(done.token_ids)
+    if done.logprobs is not None:
+        fields["logprobs"] = [
+            {"token_id": token, "logprob": position.logprob, "top": [list(pair) for pair in position.top.items()]}
+            for token, position in zip(done.token_ids, done.logprobs, strict=True)
+        ]
+    fields["finish_reason"] = done.finish_reason
+    if done.error is not None:
+        fields["error"] = done.error
+    fields["past_horizon"] = done.past_horizon
+    fields["usage"] = {
+        "prompt_tokens": ledger.prompt_tokens,
+        "new_tokens": ledger.new_tokens,
+        "mean_layers": round(ledger.mean_layers, 3),
+        "layer_tokens": ledger.layer_tokens,
+        "layer_tokens_saved": ledger.layer_tokens_saved,
+        "flops": flops,
+        "flops_saved": ledger.dense_prompt_flops + ledger.dense_decode_flops - flops,
+    }
+    return fields
+
+
+def report(console: Console, run: RunCost, dense: RunCost | None) -> None:
+    """The end of a run: what it cost, and what the user should know about it."""
+    stats, new_tokens = run.stats, run.ledger.new_tokens
+    console.print(
+        f"{run.num_requests} completions, {new_tokens} tokens in {stats.prompt_s + stats.decode_s:.1f} s "
+        f"({new_tokens / max(1e-9, stats.prompt_s + stats.decode_s):.0f} tokens/s), "
+        f"peak cache {quantity(stats.peak_cache_bytes, 'B')}",
+        highlight=False,
+    )
+    console.print(savings_table(run, dense))
+    if dense is not None and run.stats.decode_s:
+        console.print(
+            f"Speedup over every layer, per token: {dense.decode_s_per_token / run.decode_s_per_token:.2f}x decode, "
+            f"{dense.total_s_per_token / run.total_s_per_token:.2f}x whole request.",
+            highlight=False,
+        )
+    if run.num_past_horizon:
+        console.print(
+            f"{run.num_past_horizon} of {run.num_requests} completions ran on past the horizon, at the minimum depth.",
+            highlight=False,
+        )
+    if run.num_failed:
+        console.print(
+            f"[bold red]{run.num_failed} of {run.num_requests} completions failed[/]: their lines have an `error`.",
+            highlight=False,
+        )
+
+
+def read_lengths(path: Path, tokenizer: Any) -> list[int]:
+    """Expected completion lengths in tokens: JSONL with `completion` is tokenised, otherwise a number per line.
+
+    Raises `InvalidInput` naming the line.
+    """
+    if path.suffix in (".jsonl", ".ndjson"):
+        # The token that ends a completion counts.
+        texts = [line.prompt for line in read_prompts(str(path), column="completion")]
+        return [len(tokenizer.encode(text, add_special_tokens=False)) + 1 for text in texts]
+    lengths = []
+    for line in read_prompts(str(path), format="text"):
+        if not str(line.prompt).strip().isdecimal():
+            raise InvalidInput(f"{path}, line {line.line}: expected a length in tokens, got {line.prompt!r}")
+        lengths.append(int(str(line.prompt)))
+    return lengths

@@ -1,0 +1,70 @@
+"""Running a list of prompts to the end, with a progress bar, and adding up what it cost."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from shoal.cli.prompts import PromptLine
+from shoal.cli.savings import RunCost
+from shoal.depth.plan import DepthPolicy
+from shoal.engine.engine import Engine
+from shoal.engine.request import Generation
+from shoal.engine.sampling import Sampling
+from shoal.errors import ShoalError
+
+
+def run_prompts(
+    engine: Engine,
+    prompts: Sequence[PromptLine],
+    sampling: Sampling,
+    policy: DepthPolicy,
+    *,
+    first: int = 0,
+    timeout_s: float | None = None,
+    on_finish: Callable[[Generation], None] | None = None,
+    console: Console,
+    label: str,
+) -> RunCost:
+    """Complete `prompts[first:]`; `on_finish` gets each completion as it ends, in any order.
+
+    All prompts are checked before anything runs: raises the engine's error with the prompt's line number.
+    """
+    for index, line in enumerate(prompts[first:], start=first):
+        try:
+            engine.add(line.prompt, sampling, policy, index=index, timeout_s=timeout_s, streaming=False)
+        except ShoalError as error:
+            raise type(error)(f"line {line.line}: {error}") from error
+    run = RunCost()
+    engine.stats.reset()
+    new_tokens, began = 0, time.perf_counter()
+    columns = [
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[tokens_per_s]:.0f} tokens/s"),
+        TextColumn("{task.fields[mean_layers]:.1f} of " + f"{engine.shape.num_layers} layers"),
+        TimeRemainingColumn(),
+    ]
+    total = (len(prompts) - first) * sampling.n
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+        task = progress.add_task(label, total=total, tokens_per_s=0.0, mean_layers=float(engine.shape.num_layers))
+        while run.num_requests < total:
+            for chunk in engine.step():
+                new_tokens += len(chunk.token_ids)
+                if chunk.generation is not None:
+                    run.add(chunk.generation)
+                    if on_finish is not None:
+                        on_finish(chunk.generation)
+            progress.update(
+                task,
+                completed=run.num_requests,
+                tokens_per_s=new_tokens / (time.perf_counter() - began),
+                mean_layers=run.ledger.mean_layers or engine.shape.num_layers,
+            )
+    run.stats = replace(engine.stats)
+    return run
