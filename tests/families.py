@@ -158,9 +158,10 @@ def _as_version_4(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def edit_json(path: Path, **changes: Any) -> None:
-    """Set keys of a JSON file; None removes one."""
+    """Set keys of a JSON file; one set to None is removed."""
     data = {**json.loads(path.read_text()), **changes}
-    path.write_text(json.dumps({key: value for key, value in data.items() if value is not None}))
+    removed = {key for key, value in changes.items() if value is None}
+    path.write_text(json.dumps({key: value for key, value in data.items() if key not in removed}))
 
 
 def save_tokenizer(directory: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,8 @@ from transformers import PreTrainedModel
 from families import PAD, VARIANTS, VOCAB, save, tiny_model
 from near_ties import assert_same_tokens_up_to_near_ties
 from shoal import Engine, Generation, Sampling
+from shoal.errors import InvalidPrompt
+from shoal.models.families import FAMILIES, PLAIN, Family
 
 NUM_ROWS, NUM_NEW_TOKENS = 16, 64
 
@@ -111,6 +115,36 @@ def test_end_token_ends_a_row_of_the_batch(tmp_path: Path) -> None:
         assert generation.finish_reason == ("stop" if end in tokens else "length")
 
 
+NEW_ROWS: dict[str, tuple[Family, dict[str, Any]]] = {
+    "seed_oss": (
+        replace(PLAIN, qkv_bias="attention_bias", out_bias="attention_out_bias", mlp_bias="mlp_bias"),
+        {"head_dim": 12},
+    ),
+    "phi3": (
+        replace(PLAIN, qkv=("self_attn.qkv_proj",), up=("mlp.gate_up_proj",)),
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}},
+    ),
+    "starcoder2": (
+        Family(
+            norm="layernorm", norm_eps="norm_epsilon", gated_mlp=False, qkv_bias="use_bias", out_bias="use_bias",
+            mlp_bias="use_bias", up=("mlp.c_fc",), down="mlp.c_proj",
+        ),
+        {"sliding_window": None},
+    ),
+}  # fmt: skip
+"""Families that the table does not have: Llama with other biases, with other tensors, with other parts."""
+
+
+@pytest.mark.parametrize("family", NEW_ROWS)
+def test_a_new_family_is_one_row(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    row, options = NEW_ROWS[family]
+    monkeypatch.setitem(FAMILIES, family, row)
+    model = tiny_model(family, **options)
+    engine = Engine.from_pretrained(save(model, tmp_path), dtype="float32")
+    assert engine.config.family == family
+    assert_parity(engine, model, ragged_prompts(6), new_tokens=8)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("family", ["opt", "llama", "gpt_neox"])
 def test_low_precision_is_close(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
@@ -125,3 +159,15 @@ def test_low_precision_is_close(family: str, dtype: torch.dtype, tmp_path: Path)
         expected = expected_rows(model, prompt, generation.token_ids)
         bound = 0.15 if dtype == torch.bfloat16 else 0.02
         assert relative_error(recorder.rows(prompt, generation), expected) < bound
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2"])
+def test_sliding_window(family: str, tmp_path: Path) -> None:
+    """Up to its window a model with one is an ordinary model; beyond it a request is refused."""
+    options = {"use_sliding_window": True, "max_window_layers": 2} if family == "qwen2" else {}
+    model = tiny_model(family, sliding_window=24, **options)
+    engine = Engine.from_pretrained(save(model, tmp_path), dtype="float32")
+    assert engine.config.sliding_window == 24
+    assert_parity(engine, model, [[1] * 16, [2, 3, 4]], new_tokens=8)
+    with pytest.raises(InvalidPrompt, match=r"16 prompt tokens \+ 9 new tokens exceed the sliding window of 24 tokens"):
+        engine.generate([1] * 16, Sampling(max_new_tokens=9))

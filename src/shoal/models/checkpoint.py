@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """Dtypes that a checkpoint can be loaded in, by name."""
-TABLES = re.compile(r"(rotary_emb\.inv_freq|(attn|attention)\.(masked_)?bias)$")
-"""Tables that old checkpoints store beside their weights; the decoder makes its own."""
+TABLES = re.compile(r"(rotary_emb\.inv_freq|(attn|attention)\.(masked_)?bias|decoder\.version)$")
+"""What old checkpoints store beside their weights: frequencies and masks, which the decoder makes itself."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 """A tokenizer needs one of these."""
 

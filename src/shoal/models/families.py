@@ -276,8 +276,7 @@ def _check_required(family: Family, hf: Any) -> None:
         if got != needed:
             needed_text = f"{value} = {needed}" if isinstance(value, str) else str(needed)
             raise UnsupportedArchitecture(
-                f"{hf.model_type} with {name} = {got} is not supported: it must be {needed_text}"
-                + (" (OPT-350m is the one such OPT)" if hf.model_type == "opt" else "")
+                f"{hf.model_type} with {name} = {got} is not supported: must be {needed_text}"
             )
     if getattr(hf, "quantization_config", None) is not None:
         raise UnsupportedArchitecture(
