@@ -68,6 +68,7 @@ class Engine:
         self._ids = itertools.count()
         self._lock = threading.RLock()
         self._mailboxes: dict[int, deque[Chunk]] = {}
+        self._ended: list[Chunk] = []
 
     @classmethod
     def from_pretrained(
@@ -122,7 +123,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether a request is waiting or running."""
-        return bool(self.runner.requests())
+        return self.runner.has_work
 
     def generate(
         self,
@@ -194,22 +195,20 @@ class Engine:
         """
         requests = self._requests(prompt, sampling, plan, index=index, timeout_s=timeout_s, streaming=streaming)
         with self._lock:
-            self.runner.scheduler.waiting.extend(requests)
+            self.runner.submit(requests)
         return [request.request_id for request in requests]
 
     def step(self) -> list[Chunk]:
         """Run one pass; returns what each request gained. Chunks of `stream` and `generate` calls go to those, too."""
         with self._lock:
-            chunks = self.runner.step()
+            chunks, self._ended = self._ended + self.runner.step(), []
             self._deliver(chunks)
             return chunks
 
     def cancel(self, request_id: int) -> None:
         """End a request before the next pass, with `finish_reason="cancelled"`. One that has already ended is left alone."""
         with self._lock:
-            for request in self.runner.requests():
-                if request.request_id == request_id:
-                    request.cancelled = True
+            self.runner.cancelled.add(request_id)
 
     def _requests(
         self,
@@ -262,7 +261,7 @@ class Engine:
         mailbox: deque[Chunk] = deque()
         with self._lock:
             self._mailboxes.update({request.request_id: mailbox for request in requests})
-            self.runner.scheduler.waiting.extend(requests)
+            self.runner.submit(requests)
         chunks = self._follow({request.request_id for request in requests}, mailbox)
         next(chunks)  # enter it, so that closing it later always cancels
         return chunks
@@ -285,8 +284,8 @@ class Engine:
                 with self._lock:
                     for request_id in unfinished:
                         self._mailboxes.pop(request_id, None)
-                        self.cancel(request_id)
-                    self._deliver(self.runner.end_early())
+                    self.runner.cancelled |= unfinished
+                    self._ended += self.runner.end_early()  # frees their cache now; `step` reports the ends
 
     def _deliver(self, chunks: Sequence[Chunk]) -> None:
         """Put chunks where their followers look."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -85,8 +84,6 @@ class Request:
     """`time.monotonic()` at which it ends with `timeout`; None for never."""
     future_blocks: NDArray[np.int64]
     """[max_new_tokens]: most cache blocks it can hold from its k-th pass on, the prompt's being pass 0."""
-    cancelled: bool = False
-    """Whether it is to end before the next pass."""
     output: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
 
@@ -102,10 +99,6 @@ class Request:
             return self.output[start : start + count]
         head = self.prompt[start : start + count]
         return [*head, *self.output[: count - len(head)]]
-
-    def timed_out(self) -> bool:
-        """Whether its deadline has passed."""
-        return self.deadline is not None and time.monotonic() >= self.deadline
 
     def finish_reason(self) -> FinishReason | None:
         """Why it ends after the last committed token, or None."""

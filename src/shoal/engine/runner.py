@@ -8,7 +8,11 @@ There is no separate prefill or decode phase: each row brings the tokens that it
 from __future__ import annotations
 
 import itertools
+import math
+import os
 import time
+from collections import deque
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -40,6 +44,8 @@ class Runner:
         )
         self.slots = SlotTable(max_batch, self.shape.num_layers)
         self.scheduler = Scheduler(self.slots, self.cache, max_pass_tokens=max_pass_tokens)
+        self.cancelled: set[int] = set()
+        self._next_deadline = math.inf
 
     def step(self) -> list[Chunk]:
         """Run one pass over every scheduled row; returns what each request gained, and the ends of cancelled ones."""
@@ -68,17 +74,35 @@ class Runner:
         self._count(rows, emits, seconds=time.perf_counter() - began)
         return chunks
 
-    def end_early(self) -> list[Chunk]:
-        """Finish requests that were cancelled or ran out of time, waiting or running."""
-        return [
-            self._end(request, "cancelled" if request.cancelled else "timeout")
-            for request in self.requests()
-            if request.cancelled or request.timed_out()
-        ]
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Queue requests."""
+        self.scheduler.waiting.extend(requests)
+        self._next_deadline = min([self._next_deadline, *(r.deadline for r in requests if r.deadline is not None)])
 
-    def requests(self) -> list[Request]:
-        """Every request that has not ended, running ones first."""
-        return [*filter(None, self.slots.requests), *self.scheduler.waiting]
+    def end_early(self) -> list[Chunk]:
+        """Finish requests in `cancelled` and those that ran out of time, waiting or running."""
+        now = time.monotonic()
+        if not self.cancelled and now < self._next_deadline:
+            return []
+        ending: dict[Request, FinishReason] = {}
+        for request in (*filter(None, self.slots.requests), *self.scheduler.waiting):
+            if request.request_id in self.cancelled:
+                ending[request] = "cancelled"
+            elif request.deadline is not None and now >= request.deadline:
+                ending[request] = "timeout"
+        waiting = self.scheduler.waiting
+        self.scheduler.waiting = deque(request for request in waiting if request not in ending)
+        remaining = (*filter(None, self.slots.requests), *self.scheduler.waiting)
+        self._next_deadline = min(
+            (r.deadline for r in remaining if r.deadline is not None and r not in ending), default=math.inf
+        )
+        self.cancelled.clear()
+        return [self._end(request, reason) for request, reason in ending.items()]
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a request is waiting or running."""
+        return bool(self.scheduler.waiting or self.slots.running)
 
     def _rows(self, tokens: dict[int, int]) -> Rows:
         """The rows of a pass that computes `tokens` per slot."""
@@ -108,12 +132,10 @@ class Runner:
         text: str = "",
         error: str | None = None,
     ) -> Chunk:
-        """Finish a request and free its slot."""
+        """Finish a request that is no longer waiting, and free its slot where it has one."""
         text += request.text.finish()
         ledger, past_horizon = Ledger(), False
-        if request in self.scheduler.waiting:
-            self.scheduler.waiting.remove(request)
-        else:
+        if request in self.slots.requests:
             slot = self.slots.requests.index(request)
             ledger = self.slots.ledger(slot, self.shape)
             horizon = request.plan.horizon
@@ -161,6 +183,4 @@ def free_bytes(device: torch.device) -> int:
     """Memory that is free on `device` now."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    import os
-
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
