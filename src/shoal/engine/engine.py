@@ -253,11 +253,12 @@ class Engine:
         listed = prompts_of(prompts)
         samplings = one_per_prompt("sampling", sampling, len(listed))
         plans = one_per_prompt("plan", plan, len(listed))
-        requests = [
-            request
-            for index, job in enumerate(zip(listed, samplings, plans, strict=True))
-            for request in self._requests(*job, index=index, timeout_s=timeout_s, streaming=streaming)
-        ]
+        requests: list[Request] = []
+        for index, job in enumerate(zip(listed, samplings, plans, strict=True)):
+            try:
+                requests += self._requests(*job, index=index, timeout_s=timeout_s, streaming=streaming)
+            except InvalidInput as error:
+                raise type(error)(f"prompt {index}: {error}") from error
         mailbox: deque[Chunk] = deque()
         with self._lock:
             self._mailboxes.update({request.request_id: mailbox for request in requests})

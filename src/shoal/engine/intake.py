@@ -141,7 +141,7 @@ def resolve_plan(
         plan = tuned.fill(plan)
     if isinstance(plan, DepthPlan):
         made = plan
-    elif hasattr(plan, "plan"):
+    elif hasattr(plan, "plan") and not isinstance(plan, type):
         made = plan.plan(num_layers, prompt_tokens=prompt_tokens, max_new_tokens=max_new_tokens)
     else:
         raise InvalidPlan(
