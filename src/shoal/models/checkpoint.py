@@ -60,7 +60,10 @@ def load_checkpoint(
 def load_tokenizer(
     path_or_hub_id: str | Path, *, revision: str | None = None, token: str | None = None
 ) -> PreTrainedTokenizerBase:
-    """The checkpoint's own tokenizer, as transformers reads it. Raises `CheckpointError` where there is none."""
+    """The checkpoint's own tokenizer, as transformers reads it; code that comes with it is never run.
+
+    Raises `CheckpointError` where there is none.
+    """
     from transformers import AutoTokenizer
 
     directory = resolve(path_or_hub_id, revision=revision, token=token)
@@ -70,7 +73,7 @@ def load_tokenizer(
             "copy the tokenizer's files from the model that the weights were trained from"
         )
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # malformed files raise errors of several libraries
         raise CheckpointError(f"the tokenizer in {directory} cannot be read: {error}") from error
     return tokenizer
