@@ -38,7 +38,6 @@ class KVCache:
         self.budget_blocks = budget_bytes // self.bytes_per_block
         self.free_slots = list(range(num_slots))
         self.num_blocks = np.zeros((num_slots, shape.num_layers), dtype=np.int64)
-        self.peak_blocks = 0
         self.max_positions = 0
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
@@ -54,6 +53,11 @@ class KVCache:
     def blocks_in_use(self) -> int:
         """Blocks held by all slots in all layers."""
         return int(self.num_blocks.sum())
+
+    @property
+    def bytes_in_use(self) -> int:
+        """Bytes of those blocks."""
+        return self.blocks_in_use * self.bytes_per_block
 
     def reserve(self, num_positions: int) -> None:
         """Make every slot able to hold `num_positions`; what is cached is kept.
@@ -97,7 +101,6 @@ class KVCache:
         """
         before, now = self.num_blocks[slots], -(-num_positions // BLOCK_TOKENS)
         self.num_blocks[slots] = now
-        self.peak_blocks = max(self.peak_blocks, self.blocks_in_use)
         for row, layer in np.argwhere((now == 0) & (before > 0)).tolist():
             self._hand_back(int(slots[row]), layer)
 
@@ -119,7 +122,7 @@ class KVCache:
 
     def _allocate(self, capacity: int) -> Tensor:
         size = (self.num_slots, self.shape.num_kv_heads, capacity, self.shape.head_dim)
-        if self.device.type != "cpu":
+        if self.device.type != "cpu" or not hasattr(mmap, "MADV_DONTNEED"):  # Windows has no madvise
             return torch.zeros(size, dtype=self.dtype, device=self.device)
         arena = mmap.mmap(-1, int(np.prod(size)) * self.dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         tensor = torch.frombuffer(arena, dtype=self.dtype).view(size)

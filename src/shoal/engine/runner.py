@@ -63,6 +63,7 @@ class Runner:
         token_ids = itertools.chain.from_iterable(request.tokens(start, count) for request, start, count in spans)
 
         self.cache.hold(rows.slots, np.where(rows.served > 0, rows.starts[:, None] + rows.served, 0))
+        self.stats.peak_cache_bytes = max(self.stats.peak_cache_bytes, self.cache.bytes_in_use)
         logits = self.decoder(build_pass(rows, list(token_ids), emits, self.cache), self.cache)
         self.slots.record(rows)
 
@@ -166,7 +167,6 @@ class Runner:
         moved = int(ran.any(axis=0).sum()) * weight_bytes + int(cached.sum()) * kv_bytes + head_bytes
         dense_cached = int((rows.starts + rows.num_tokens).sum()) * shape.num_layers
         dense = shape.num_layers * weight_bytes + dense_cached * kv_bytes + head_bytes
-        stats.peak_cache_bytes = max(stats.peak_cache_bytes, self.cache.peak_blocks * self.cache.bytes_per_block)
         if (rows.starts >= self.slots.prompt_tokens[rows.slots]).any():
             stats.decode_passes += 1
             stats.decode_bytes += moved
@@ -183,4 +183,5 @@ def free_bytes(device: torch.device) -> int:
     """Memory that is free on `device` now."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"  # macOS knows the total only
+    return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
