@@ -7,6 +7,8 @@ Stages, each a checkpoint under `--work`; a stage whose checkpoint exists is ski
     small      3 layers, dense, from scratch
     dense      12 layers: `small` with 9 layers inserted that compute nothing at first, then trained dense
     any-depth  `dense`, tuned for depths 1 to 1/5: the model that ships
+
+About an hour and a half on 2 cores. Afterwards: `evaluate.py --split test --card`, then `card.py`.
 """
 
 from __future__ import annotations
@@ -16,12 +18,16 @@ import json
 import subprocess
 import sys
 import time
+from fractions import Fraction
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast, set_seed
 
+from shoal.depth.checkpoint import TunedDepth
 from shoal.evaluate.e2e import read_e2e
 
 PAD, EOS, SEP = "<pad>", "</s>", "<sep>"
@@ -30,6 +36,9 @@ SMALL_LAYERS, NUM_LAYERS = 3, 12
 BOTTOM_LAYERS = 1  # trained layers below the inserted ones: 0, and L-2, L-1 above, which every depth runs
 HORIZON = 26  # median length in tokens of the development set's descriptions
 DROPOUT = 0.1
+EPOCHS = (4.0, 1.5, 2.5)
+DEPTHS = "1,1,1/2,1/3,1/4,1/5"
+SHIPPED = Path(__file__).parents[2] / "src" / "shoal" / "data" / "shoal-e2e"
 
 
 def main() -> None:
@@ -37,66 +46,81 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="directory of trainset.csv.gz")
     parser.add_argument("--work", type=Path, default=Path("runs/e2e"), help="where checkpoints go")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--epochs", type=float, nargs=3, default=(4.0, 1.5, 2.5), help="of the three stages")
+    parser.add_argument("--epochs", type=float, nargs=3, default=EPOCHS, help="of the three stages")
+    parser.add_argument("--machine", default="2 CPU cores", help="for the model card, in generic words")
     options = parser.parse_args()
     work: Path = options.work
     work.mkdir(parents=True, exist_ok=True)
 
     data = work / "train.jsonl"
     pairs = [(e.mr, ref) for e in read_e2e(options.data / "trainset.csv.gz") for ref in e.references]
-    with data.open("w", encoding="utf-8") as file:
-        for mr, ref in pairs:
-            file.write(json.dumps({"prompt": mr, "completion": ref}, ensure_ascii=False) + "\n")
+    lines = [json.dumps({"prompt": mr, "completion": ref}, ensure_ascii=False) for mr, ref in pairs]
+    data.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
-    small_epochs, dense_epochs, any_epochs = options.epochs
-    stage = [sys.executable, "-m", "shoal.cli.main", "tune"]
-    common = ["--horizon", str(HORIZON), "--batch-size", "64", "--seed", str(options.seed), "--bfloat16"]
+    common = ["--horizon", HORIZON, "--batch-size", 64, "--seed", options.seed, "--bfloat16"]
+    small, dense, any_depth = options.epochs
     if not (work / "init").exists():
         tokenizer = train_tokenizer([text for pair in pairs for text in pair])
         save(initial_model(tokenizer, SMALL_LAYERS, seed=options.seed), tokenizer, work / "init")
-    run(
-        stage,
-        work / "init",
-        data,
-        work / "small",
-        [*common, "--depths", "1", "--epochs", str(small_epochs), "--lr", "1e-3"],
-    )
+    tune(work, "init", "small", [*common, "--depths", "1", "--epochs", small, "--lr", "1e-3"])
     if not (work / "grown").exists():
         tokenizer = PreTrainedTokenizerFast.from_pretrained(work / "small")
-        save(
-            grow(OPTForCausalLM.from_pretrained(work / "small"), NUM_LAYERS, seed=options.seed),
-            tokenizer,
-            work / "grown",
-        )
-    run(
-        stage,
-        work / "grown",
-        data,
-        work / "dense",
-        [*common, "--depths", "1", "--epochs", str(dense_epochs), "--lr", "5e-4"],
-    )
-    run(
-        stage,
-        work / "dense",
-        data,
+        grown = grow(OPTForCausalLM.from_pretrained(work / "small"), NUM_LAYERS, seed=options.seed)
+        save(grown, tokenizer, work / "grown")
+    tune(work, "grown", "dense", [*common, "--depths", "1", "--epochs", dense, "--lr", "5e-4"])
+    tune(work, "dense", "any-depth", [*common, "--depths", DEPTHS, "--epochs", any_depth, "--lr", "5e-4"])
+    stages = [json.loads((work / f"{name}.json").read_text()) for name in ("small", "dense", "any-depth")]
+    ship(
         work / "any-depth",
-        [*common, "--depths", "1,1,1/2,1/3,1/4,1/5", "--epochs", str(any_epochs), "--lr", "5e-4"],
+        {"num_examples": len(pairs), "seed": options.seed, "machine": options.machine, "stages": stages},
     )
 
 
-def run(stage: list[str], model: Path, data: Path, output: Path, options: list[str]) -> None:
-    """Run one `shoal tune`, unless its output exists, and record command and wall time in `<output>.json`."""
-    if output.exists():
+def tune(work: Path, model: str, output: str, options: list[object]) -> None:
+    """Run one `shoal tune`, unless its output exists; command and wall time go to `<output>.json`."""
+    if (work / output).exists():
         return
-    command = [*stage, str(model), str(data), "-o", str(output), *options]
-    if output.with_name(output.name + ".tuning").exists():
+    arguments = ["tune", work / model, work / "train.jsonl", "-o", work / output, *options]
+    command = [str(argument) for argument in arguments]
+    record = {"stage": output, "command": "shoal " + " ".join(command)}
+    if (work / f"{output}.tuning").exists():
         command.append("--resume")
-    print("$", " ".join(command), flush=True)
     start = time.perf_counter()
-    subprocess.run(command, check=True)
-    seconds = round(time.perf_counter() - start)
-    command = ["shoal", *command[command.index("tune") :]]
-    output.with_suffix(".json").write_text(json.dumps({"command": " ".join(command), "seconds": seconds}) + "\n")
+    subprocess.run([sys.executable, "-m", "shoal.cli.main", *command], check=True)
+    record["seconds"] = round(time.perf_counter() - start)
+    (work / f"{output}.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
+
+
+def ship(trained: Path, training: dict[str, Any]) -> None:
+    """Write the package data: bfloat16 weights, tokenizer, `depth_plan.json`, and `card.json` without the evaluation."""
+    model = OPTForCausalLM.from_pretrained(trained, dtype=torch.bfloat16)
+    save(model, PreTrainedTokenizerFast.from_pretrained(trained), SHIPPED)
+    tuned = TunedDepth.load(trained)
+    assert tuned is not None
+    tuned.save(SHIPPED)
+    config = model.config
+    card = {
+        "model": {
+            "architecture": "OPT",
+            "num_layers": config.num_hidden_layers,
+            "hidden_size": config.hidden_size,
+            "num_heads": config.num_attention_heads,
+            "num_parameters": model.num_parameters(),
+            "vocab_size": config.vocab_size,
+            "max_positions": config.max_position_embeddings,
+            "dtype": "bfloat16",
+            "megabytes": round((SHIPPED / "model.safetensors").stat().st_size / 1e6, 1),
+        },
+        "tuned": {
+            "depths": [str(Fraction(depth).limit_denominator(NUM_LAYERS)) for depth in tuned.depths],
+            "horizon": tuned.horizon,
+            "warmup_layers": tuned.warmup_layers,
+        },
+        "data": "E2E NLG challenge, trainset.csv, CC BY-SA 4.0",
+        "licence": "CC BY-SA 4.0 (weights and tokenizer)",
+        "training": {**training, "versions": {name: version(name) for name in ("torch", "transformers", "tokenizers")}},
+    }
+    (SHIPPED / "card.json").write_text(json.dumps(card, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:

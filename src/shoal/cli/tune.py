@@ -2,64 +2,60 @@
 
 from __future__ import annotations
 
-from fractions import Fraction
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from shoal.errors import InvalidInput
-
-DEFAULT_DEPTHS = "1,1,1/2,1/3,1/4,1/5"
+from shoal.cli import options
+from shoal.cli.options import option
 
 
 def tune(
-    model: Annotated[str, typer.Argument(help="Checkpoint to start from: a directory or a hub id.")],
-    data: Annotated[Path, typer.Argument(help="JSONL file, each line with 'prompt' and 'completion'.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Directory of the new checkpoint.")],
+    model: options.Model,
+    data: Annotated[Path, typer.Argument(metavar="DATA", help="JSONL, each line with 'prompt' and 'completion'.")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIRECTORY", help="The new checkpoint.")],
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run of these settings.")] = False,
     depths: Annotated[
-        str, typer.Option(help="Depths to tune for, one drawn per batch; name one twice to draw it twice as often.")
-    ] = DEFAULT_DEPTHS,
+        str, option("Depth", "One is drawn per batch; name one twice to draw it twice as often.", metavar="SHARES")
+    ] = "1,1,1/2,1/3,1/4,1/5",
     horizon: Annotated[
-        int | None, typer.Option(help="Tokens over which depth falls. Default: the data's median completion length.")
+        int | None, option("Depth", "Tokens over which depth falls. Default: the median completion of DATA.")
     ] = None,
-    warmup_layers: Annotated[int, typer.Option(help="Bottom layers that always run.")] = 1,
-    epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 1.0,
-    lr: Annotated[float, typer.Option(help="Peak learning rate of AdamW (3% warm-up, then cosine).")] = 3e-4,
-    batch_size: Annotated[int, typer.Option(help="Examples per optimizer step.")] = 64,
-    accumulate: Annotated[int, typer.Option(help="Micro-batches per step, to save memory.")] = 1,
-    lora_rank: Annotated[int | None, typer.Option(help="Train LoRA adapters of this rank, merged at the end.")] = None,
-    bfloat16: Annotated[bool, typer.Option("--bfloat16", help="Matrix products in bfloat16.")] = False,
+    warmup_layers: Annotated[int, option("Depth", "Bottom layers that always run.")] = 1,
+    epochs: Annotated[float, option("Training", "Passes over DATA.")] = 1.0,
+    lr: Annotated[float, option("Training", "Peak learning rate of AdamW; 3% warm-up, then a cosine.")] = 3e-4,
+    batch_size: Annotated[int, option("Training", "Examples per optimizer step.")] = 64,
+    accumulate: Annotated[int, option("Training", "Micro-batches per step; more of them need less memory.")] = 1,
+    lora_rank: Annotated[
+        int | None, option("Training", "Train LoRA adapters of this rank and merge them. Default: train all weights.")
+    ] = None,
+    bfloat16: Annotated[bool, option("Training", "Matrix products in bfloat16.", "--bfloat16")] = False,
     gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Trade time for memory.")
+        bool, option("Training", "Trade time for memory.", "--gradient-checkpointing")
     ] = False,
-    save_every: Annotated[int, typer.Option(help="Steps between checkpoints of the run.")] = 200,
-    seed: Annotated[int, typer.Option(help="Seed of data order, depths and dropout.")] = 0,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with an interrupted run of the same settings.")
-    ] = False,
+    save_every: Annotated[int, option("Training", "Steps between states that --resume can go on from.")] = 200,
+    seed: Annotated[int, option("Training", "Of data order, depths and dropout.")] = 0,
 ) -> None:
     """Fine-tune a checkpoint for one depth, or for a set of depths at once.
 
     The result is an ordinary Hugging Face checkpoint with depth_plan.json beside it.
 
-    Examples:
+    shoal tune Qwen/Qwen3-0.6B pairs.jsonl -o tuned --lr 2e-5 --bfloat16
 
-      shoal tune facebook/opt-125m pairs.jsonl -o tuned --lr 2e-5
+    shoal tune EleutherAI/pythia-160m pairs.jsonl -o half --depths 1/2 --horizon 64 --epochs 2 --lr 2e-5
 
-      shoal tune facebook/opt-125m pairs.jsonl -o half-depth --depths 1/2 --horizon 64 --epochs 2
-
-      shoal tune facebook/opt-125m pairs.jsonl -o tuned --lora-rank 16 --accumulate 8 --bfloat16
+    shoal tune Qwen/Qwen3-0.6B pairs.jsonl -o tuned --lora-rank 16 --accumulate 8 --lr 1e-4
     """
-    # Here, not above: transformers takes seconds to import, and other commands do not need it.
-    from rich.console import Console
+    # Here, not above: transformers takes seconds to import, and other commands do not need its Trainer.
+    from transformers.utils import logging
 
-    from shoal.train.tune import TuneConfig
-    from shoal.train.tune import tune as run
+    from shoal.train import tune as training
 
-    console = Console(stderr=True)
-    config = TuneConfig(
-        depths=parse_depths(depths),
+    config = training.TuneConfig(
+        depths=tuple(options.parse_depth(depth.strip()) for depth in depths.split(",")),
         horizon=horizon,
         warmup_layers=warmup_layers,
         epochs=epochs,
@@ -72,21 +68,22 @@ def tune(
         save_every=save_every,
         seed=seed,
     )
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # the bar of loading weights
+    console = Console(stderr=True)
+    loss_column = TextColumn("loss {task.fields[loss]:.3f}")
+    with Progress(
+        TextColumn("tuning"), BarColumn(), MofNCompleteColumn(), loss_column, TimeRemainingColumn(), console=console
+    ) as progress:
+        bar = progress.add_task("tuning", total=None, loss=float("nan"))
 
-    def show(step: int, num_steps: int, loss: float) -> None:
-        console.print(f"step {step}/{num_steps}  loss {loss:.3f}", highlight=False)
+        def show(step: int, num_steps: int, loss: float) -> None:
+            progress.update(bar, completed=step, total=num_steps, loss=loss)
+            if not console.is_terminal:
+                console.print(f"step {step}/{num_steps}  loss {loss:.3f}", highlight=False)
 
-    result = run(model, data, output, config, resume=resume, report=show)
+        result = training.tune(model, data, out, config, resume=resume, report=show)
     console.print(
         f"{result.output}: {result.num_examples} examples, {result.steps} steps, loss {result.final_loss:.3f}, "
         f"horizon {result.horizon}, {result.seconds:.0f} s",
         highlight=False,
     )
-
-
-def parse_depths(text: str) -> tuple[float, ...]:
-    """`"1,1/2,0.25"` as numbers. Raises `InvalidInput` for anything else."""
-    try:
-        return tuple(float(Fraction(part.strip())) for part in text.split(","))
-    except (ValueError, ZeroDivisionError):
-        raise InvalidInput(f"--depths {text!r}: expected numbers or fractions with commas, such as 1,1/2,1/4") from None

@@ -17,12 +17,14 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from shoal.depth.checkpoint import TunedDepth, fit_horizon
 from shoal.depth.plan import Dense, DepthPlan
 from shoal.depth.skipdecode import SkipDecode
 from shoal.errors import CheckpointError, InvalidInput, MissingExtra
+from shoal.models.directory import resolve
 from shoal.train.data import LengthGrouped, collate, prompt_columns, read_examples
 from shoal.train.depth_context import decoder_layers, depth_context
 
@@ -211,10 +213,11 @@ def tune(
 
 def load(model: str) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase]:
     """The causal language model (float32) and tokenizer of a directory or hub id. Raises `CheckpointError`."""
+    directory = resolve(model)
     try:
-        network = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
+        network = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+    except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"cannot load {model}: {error}") from error
     return network, tokenizer
 
