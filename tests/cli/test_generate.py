@@ -190,6 +190,12 @@ def test_bad_options_get_a_message_and_write_nothing(
     assert not out.exists() or not out.read_bytes()
 
 
+def test_a_device_is_as_good_as_a_file(checkpoint: Path, prompts: Path) -> None:
+    result = shoal(checkpoint, prompts, "-o", os.devnull, "--max-new-tokens", 2)
+    assert result.exit_code == 0, result.output
+    assert "6 completions" in result.stderr
+
+
 def test_bad_files_get_a_message(checkpoint: Path, prompts: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     for arguments, message in [

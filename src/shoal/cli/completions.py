@@ -49,6 +49,7 @@ class CompletionsFile:
         self._prompts = prompts
         self._samples = samples
         self._waiting: dict[int, dict[int, dict[str, Any]]] = {}
+        self._on_disk = False
         self.num_written = 0
         if path == "-":
             if resume:
@@ -61,6 +62,7 @@ class CompletionsFile:
             self._file = open(path, "a+b")  # noqa: SIM115 closed by __exit__
         except OSError as error:
             raise InvalidInput(f"{path} cannot be written: {error.strerror}") from None
+        self._on_disk = Path(path).is_file()  # and not a device such as /dev/null
         try:
             self._continue(path)
         except InvalidInput:
@@ -95,7 +97,8 @@ class CompletionsFile:
             if sample == self._samples - 1:
                 end = offset
                 self.num_written = index + 1
-        self._file.truncate(end)
+        if self._on_disk:
+            self._file.truncate(end)
 
     def add(self, index: int, sample: int, record: dict[str, Any]) -> None:
         """Take one completion of prompt `index`; write it, and those that waited, once all before it are there."""
@@ -112,7 +115,7 @@ class CompletionsFile:
             self._file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
             self._file.flush()
             self.num_written += 1
-            if self._file is not sys.stdout.buffer:
+            if self._on_disk:
                 os.fsync(self._file.fileno())
 
     def __enter__(self) -> CompletionsFile:
