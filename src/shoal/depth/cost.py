@@ -86,6 +86,25 @@ def attention_flops(shape: ModelShape, num_pairs: int) -> int:
     return 4 * shape.num_heads * shape.head_dim * num_pairs
 
 
+@dataclass(frozen=True, kw_only=True)
+class PassCost:
+    """Cost of one decode pass of equal requests at one clock."""
+
+    flops: int
+    """Floating-point operations: weights, attention and head, for every row."""
+    bytes_moved: int
+    """Weights of the active layers and the head once; per row and active layer the cache of earlier positions read and one position
+    written."""
+
+
+def decode_pass_cost(shape: ModelShape, *, num_active: int, context: int, batch: int) -> PassCost:
+    """Cost of a decode pass of `batch` rows that runs `num_active` layers over `context` positions, the new one included."""
+    row_flops = num_active * (2 * shape.layer_weights + attention_flops(shape, context)) + 2 * shape.head_weights
+    cached = num_active * context * shape.cache_values_per_token
+    weights = num_active * shape.layer_weights + shape.head_weights
+    return PassCost(flops=batch * row_flops, bytes_moved=(weights + batch * cached) * shape.bytes_per_value)
+
+
 def plan_cost(
     cutoffs: Sequence[int],
     runs_prompt: Sequence[bool],
@@ -100,7 +119,7 @@ def plan_cost(
         raise ValueError(
             f"prompt_tokens, new_tokens and batch must be 1 or more, got {prompt_tokens}, {new_tokens}, {batch}"
         )
-    passes = new_tokens - 1
+    num_passes = new_tokens - 1
     prompt_layers = sum(runs_prompt)
     kv_bytes = shape.cache_values_per_token * shape.bytes_per_value
     layer_bytes = shape.layer_weights * shape.bytes_per_value
@@ -110,21 +129,18 @@ def plan_cost(
     prompt_flops = prompt_layers * (2 * shape.layer_weights * prompt_tokens + attention_flops(shape, causal_pairs))
     prompt_bytes = prompt_layers * (layer_bytes + batch * prompt_tokens * kv_bytes) + head_bytes
 
-    decode_layer_tokens = decode_flops = decode_bytes = 0
-    for clock in range(passes):
-        depth = sum(clock < cutoff for cutoff in cutoffs)
-        context = prompt_tokens + clock + 1
-        decode_layer_tokens += depth
-        decode_flops += depth * (2 * shape.layer_weights + attention_flops(shape, context)) + 2 * shape.head_weights
-        decode_bytes += depth * (layer_bytes + batch * context * kv_bytes) + head_bytes
-
+    depths = [sum(clock < cutoff for cutoff in cutoffs) for clock in range(num_passes)]
+    passes = [
+        decode_pass_cost(shape, num_active=depth, context=prompt_tokens + clock + 1, batch=batch)
+        for clock, depth in enumerate(depths)
+    ]
     return PlanCost(
         prompt_layer_tokens=batch * prompt_layers * prompt_tokens,
-        decode_layer_tokens=batch * decode_layer_tokens,
+        decode_layer_tokens=batch * sum(depths),
         prompt_flops=batch * (prompt_flops + 2 * shape.head_weights),
-        decode_flops=batch * decode_flops,
+        decode_flops=sum(one.flops for one in passes),
         prompt_bytes=prompt_bytes,
-        decode_bytes=decode_bytes,
-        cache_blocks=tuple((batch * cache_blocks_by_pass(cutoffs, runs_prompt, prompt_tokens, passes)).tolist()),
-        mean_layers=decode_layer_tokens / passes if passes else float(shape.num_layers),
+        decode_bytes=sum(one.bytes_moved for one in passes),
+        cache_blocks=tuple((batch * cache_blocks_by_pass(cutoffs, runs_prompt, prompt_tokens, num_passes)).tolist()),
+        mean_layers=sum(depths) / num_passes if num_passes else float(shape.num_layers),
     )
