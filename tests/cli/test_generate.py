@@ -201,6 +201,7 @@ def test_bad_files_get_a_message(checkpoint: Path, prompts: Path, tmp_path: Path
     for arguments, message in [
         ((tmp_path / "none", prompts, "-o", out), "none"),
         ((checkpoint, tmp_path / "none.jsonl", "-o", out), "no such prompts file"),
+        ((checkpoint, tmp_path / "[bold].jsonl", "-o", out), "[bold].jsonl"),
         ((checkpoint, prompts, "-o", tmp_path / "no" / "out.jsonl"), "cannot be written"),
         ((checkpoint, prompts, "-o", "-", "--resume"), "--resume needs a file"),
     ]:
