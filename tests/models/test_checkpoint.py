@@ -232,6 +232,21 @@ BROKEN: dict[str, tuple[Callable[[Path], object], type[Exception], list[str]]] =
         CheckpointError,
         ["6 attention heads", "4 key/value heads"],
     ),
+    "no layers": (
+        lambda d: edit_json(d / "config.json", num_hidden_layers=0),
+        CheckpointError,
+        ["config.json", "must be 1 or more"],
+    ),
+    "incomplete rope scaling": (
+        lambda d: edit_json(d / "config.json", rope_parameters={"rope_type": "linear", "rope_theta": 1e4}),
+        CheckpointError,
+        ["config.json", "rope_parameters", "factor"],
+    ),
+    "odd rotary part": (
+        lambda d: edit_json(d / "config.json", head_dim=9),
+        CheckpointError,
+        ["config.json", "even rotary dimension", "9"],
+    ),
     "no weights": (lambda d: (d / WEIGHTS).unlink(), CheckpointError, ["holds no weights", WEIGHTS]),
     "pickle only": (pickle_only, PickledCheckpoint, ["pytorch_model.bin", "shoal convert"]),
     "truncated": (lambda d: cut(d / WEIGHTS, 40_000), CheckpointError, [WEIGHTS, "truncated"]),
@@ -361,6 +376,15 @@ REFUSED: dict[str, tuple[str, dict[str, Any], list[str]]] = {
         {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
         ["'dynamic'", "linear"],
     ),
+    "rope by type of layer": (
+        "qwen3",
+        {
+            "layer_types": ["full_attention"] * 4,
+            "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}},
+        },
+        ["rope_parameters without 'rope_theta'"],
+    ),
+    "another type of layer": ("qwen3", {"layer_types": ["linear_attention"] * 4}, ["linear_attention"]),
     "a quantised model": (
         "llama",
         {"quantization_config": {"quant_method": "awq", "bits": 4}},

@@ -216,6 +216,8 @@ def configure(raw: Mapping[str, Any], *, bytes_per_value: int = 4) -> tuple[Deco
     looked_up: dict[str, Any] = {name: bool(_option(hf, getattr(family, name))) for name in flags}
     family = replace(family, **looked_up)
     heads, kv_heads = hf.num_attention_heads, getattr(hf, "num_key_value_heads", None) or hf.num_attention_heads
+    if min(hf.num_hidden_layers, hf.hidden_size, hf.vocab_size, heads, kv_heads) < 1:
+        raise CheckpointError("config.json: numbers of layers and heads, hidden_size and vocab_size must be 1 or more")
     head_dim = getattr(hf, "head_dim", None)
     if head_dim is None and hf.hidden_size % heads:
         raise CheckpointError(f"config.json: hidden_size {hf.hidden_size} is not a multiple of {heads} attention heads")
@@ -243,7 +245,7 @@ def configure(raw: Mapping[str, Any], *, bytes_per_value: int = 4) -> tuple[Deco
         norm=family.norm,
         norm_eps=float(_option(hf, family.norm_eps)),
         activation=ACTIVATIONS[activation],
-        rotary=_rotary(hf, head_dim) if family.rotary else None,
+        rotary=_rotary(hf.rope_parameters, head_dim) if family.rotary else None,
         position_offset=family.position_offset,
         parallel_residual=bool(family.parallel_residual),
         sliding_window=_sliding_window(hf),
@@ -296,25 +298,24 @@ def _sliding_window(hf: Any) -> int | None:
     return window
 
 
-def _rotary(hf: Any, head_dim: int) -> Rotary:
-    """Inverse frequencies base^(-2i/dim), scaled as the config says. Raises `UnsupportedArchitecture` for other
-    scalings.
+def _rotary(parameters: Mapping[str, Any], head_dim: int) -> Rotary:
+    """Inverse frequencies base^(-2i/dim), scaled as `rope_parameters` says.
 
     Computed in float32 in transformers' order of operations: at position 100,000 the last bit of a frequency is 0.006
-    rad.
+    rad. Raises `UnsupportedArchitecture` for scalings other than `linear` and `llama3`.
     """
-    parameters = hf.rope_parameters
     kind = parameters.get("rope_type", "default")
     if kind not in ("default", "linear", "llama3"):
         raise UnsupportedArchitecture(f"rope scaling {kind!r} is not supported; supported: default, linear, llama3")
     dim = int(head_dim * parameters.get("partial_rotary_factor", 1.0))
-    if dim % 2:
-        raise CheckpointError(f"config.json: the rotary part of a head must be even, got {dim} of {head_dim}")
-    inv_freq = 1.0 / (parameters["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
-    if kind == "linear":
-        inv_freq = inv_freq / parameters["factor"]
-    elif kind == "llama3":
-        inv_freq = _llama3_scaling(inv_freq, parameters)
+    try:
+        inv_freq = 1.0 / (parameters["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
+        if kind == "linear":
+            inv_freq = inv_freq / parameters["factor"]
+        elif kind == "llama3":
+            inv_freq = _llama3_scaling(inv_freq, parameters)
+    except KeyError as error:  # rope_parameters may also be given per type of layer
+        raise UnsupportedArchitecture(f"rope_parameters without {error} of their own are not supported") from error
     return Rotary(inv_freq=tuple(inv_freq.tolist()))
 
 
