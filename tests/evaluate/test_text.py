@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
-from shoal.errors import InvalidInput
+from shoal.errors import InvalidInput, MissingExtra
 from shoal.evaluate.text import Score, bleu, ratio, rouge_l
 
 REFERENCES = [
@@ -62,3 +64,10 @@ def test_what_is_refused():
     for hypotheses, references in ((["a"], []), ([], []), (["a"], [[]]), (["a"], ["a"])):
         with pytest.raises(InvalidInput, match="references"):
             bleu(hypotheses, references)
+
+
+def test_missing_extras_are_named(monkeypatch: pytest.MonkeyPatch):
+    for module, metric in (("sacrebleu.metrics.bleu", bleu), ("rouge_score.rouge_scorer", rouge_l)):
+        monkeypatch.setitem(sys.modules, module, None)
+        with pytest.raises(MissingExtra, match=r"shoal\[evaluate\]"):
+            metric(["a"], [["a"]])

@@ -174,6 +174,18 @@ def test_peft_model(batch):
             torch.testing.assert_close(adapted(**batch).logits, expected)
 
 
+def test_layers_whose_class_was_derived(batch):
+    """FSDP2 turns the class of a layer into a subclass of it."""
+    model, plan = four_layers("gpt2"), PLANS[1]
+    with torch.no_grad():
+        with depth_context(model, plan, prompt_columns=P):
+            expected = model(**batch).logits
+        for layer in decoder_layers(model):
+            layer.__class__ = type("FSDP" + type(layer).__name__, (type(layer),), {})
+        with depth_context(model, plan, prompt_columns=P):
+            assert torch.equal(model(**batch).logits, expected)
+
+
 def test_generate_without_cache_runs_the_plan(batch):
     """`generate` recomputes the prefix at every step; the plan's cutoffs make that exact."""
     model = four_layers("gpt2")

@@ -12,12 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+import typer
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
+from typer.testing import CliRunner
 
+from shoal.cli.tune import tune as tune_command
 from shoal.depth.checkpoint import TunedDepth
 from shoal.depth.plan import ALWAYS
-from shoal.errors import CheckpointError, InvalidInput, InvalidPlan
+from shoal.errors import CheckpointError, InvalidInput, InvalidPlan, MissingExtra
 from shoal.train.tune import TuneConfig, newest_checkpoint, plan_at, plans_for, tune
 
 pytestmark = [
@@ -78,6 +81,7 @@ def tuned(start: Path) -> Path:
     )
     assert report.num_examples == 120
     assert report.steps == 16
+    assert 0 < report.final_loss < 5
     assert report.horizon == 4  # median of 2..6 tokens, the end-of-sequence token included
     return start / "tuned"
 
@@ -182,3 +186,24 @@ def test_what_is_refused(start: Path, tmp_path: Path):
         with pytest.raises(InvalidInput, match=next(reversed(wrong))):
             TuneConfig(**wrong)
     assert not list(tmp_path.iterdir())
+
+
+def test_missing_extras_are_named(start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for package, config in (("accelerate", CONFIG), ("peft", replace(CONFIG, lora_rank=2))):
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, package, None)
+            with pytest.raises(MissingExtra, match=rf"{package}: pip install 'shoal\[train\]'"):
+                tune(str(start / "model"), start / "data.jsonl", tmp_path / "out", config)
+
+
+def test_command(start: Path, tmp_path: Path):
+    app = typer.Typer()
+    app.command()(tune_command)
+    arguments = [str(start / "model"), str(start / "data.jsonl"), "-o", str(tmp_path / "out"), "--batch-size", "32"]
+    result = CliRunner().invoke(app, [*arguments, "--depths", "1,2/3", "--horizon", "5", "--lr", "1e-3"])
+    assert result.exit_code == 0, result.output
+    assert "120 examples, 4 steps" in result.output
+    assert TunedDepth.load(tmp_path / "out") == TunedDepth(horizon=5, warmup_layers=1, depths=(1.0, 2 / 3))
+    refused = CliRunner().invoke(app, [*arguments, "--depths", "1,half"])
+    assert refused.exit_code == 2
+    assert "'half' is not a share of the layers" in refused.output

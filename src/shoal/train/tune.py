@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import random
 import shutil
@@ -121,7 +122,6 @@ class DepthTrainer(transformers.Trainer):
         super().__init__(*args, **kwargs)
         self.plans = plans
         self.sampler = sampler
-        self.micro_batch = 0
 
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthGrouped:
         return self.sampler
@@ -142,10 +142,12 @@ class Progress(transformers.TrainerCallback):
         self.loss = float("nan")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        """Pass the mean loss since the last log line on."""
+        """Pass the mean loss since the last log line on; the last line of all has the mean over the run instead."""
         if logs and "loss" in logs:
             self.loss = logs["loss"]
             self.report(state.global_step, state.max_steps, self.loss)
+        elif logs and "train_loss" in logs and math.isnan(self.loss):
+            self.loss = logs["train_loss"]
 
 
 def tune(
