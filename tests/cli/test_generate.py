@@ -165,7 +165,7 @@ def test_a_request_that_fails_alone_is_a_line_with_an_error(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--depth", "1/7"], "choose between 2/6"),
+        (["--depth", "1/7"], "Error: depth 0.1429 is outside what 6 layers"),
         (["--depth", "2"], "outside the allowed range"),
         (["--min-layers", "5", "--max-layers", "4"], "min_layers 5 is above max_layers 4"),
         (["--temperature", "-1"], "temperature must be 0 (greedy) or more"),
@@ -175,6 +175,7 @@ def test_a_request_that_fails_alone_is_a_line_with_an_error(tmp_path: Path) -> N
         (["--cache-gib", "0.00001"], "line 1: "),
         (["--horizon-from", "lengths.txt"], "--horizon-from goes with --depth"),
         (["--depth", "1/2", "--horizon-from", "lengths.txt"], "no such prompts file"),
+        (["--horizon", "20"], "--horizon, --warmup-layers, --clock and --prompt-layers shape a plan"),
         (["--temprature", "1"], "--temperature"),
         (["--format", "xml"], "jsonl"),
     ],

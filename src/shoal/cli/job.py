@@ -15,7 +15,7 @@ from shoal.depth.plan import DepthPolicy
 from shoal.engine.engine import Engine
 from shoal.engine.request import Generation
 from shoal.engine.sampling import Sampling
-from shoal.errors import ShoalError
+from shoal.errors import InvalidPlan, ShoalError
 
 
 def run_prompts(
@@ -37,6 +37,8 @@ def run_prompts(
     for index, line in enumerate(prompts[first:], start=first):
         try:
             engine.add(line.prompt, sampling, policy, index=index, timeout_s=timeout_s, streaming=False)
+        except InvalidPlan:
+            raise
         except ShoalError as error:
             raise type(error)(f"line {line.line}: {error}") from error
     run = RunCost()

@@ -8,6 +8,7 @@ import typer
 
 from shoal.depth.plan import Dense, DepthPolicy
 from shoal.depth.skipdecode import SkipDecode
+from shoal.errors import InvalidPlan
 
 
 def parse_depth(text: str) -> float:
@@ -87,6 +88,11 @@ def depth_policy(
     Raises `InvalidPlan` where they contradict each other.
     """
     if depth is None and min_layers is None and max_layers is None:
+        if (horizon, warmup_layers, clock, prompt_layers) != (None, None, "generated", "all"):
+            raise InvalidPlan(
+                "--horizon, --warmup-layers, --clock and --prompt-layers shape a plan: "
+                "give it a depth with --depth, or with --min-layers and --max-layers"
+            )
         return Dense()
     return SkipDecode(
         depth=depth,
