@@ -29,6 +29,15 @@ class TunedDepth:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "depths", tuple(float(d) for d in self.depths))
+        rules = {
+            "policy": (self.policy == "skipdecode", "'skipdecode'"),
+            "horizon": (isinstance(self.horizon, int) and self.horizon >= 1, "1 or more clocks"),
+            "warmup_layers": (isinstance(self.warmup_layers, int) and self.warmup_layers >= 0, "0 or more layers"),
+            "depths": (all(0 < depth <= 1 for depth in self.depths), "shares of the layers, above 0 and at most 1"),
+        }
+        for name, (holds, allowed) in rules.items():
+            if not holds:
+                raise InvalidInput(f"{name} must be {allowed}, got {getattr(self, name)!r}")
 
     def fill(self, policy: SkipDecode) -> SkipDecode:
         """`policy` with its open fields (horizon, warm-up layers) taken from the checkpoint."""

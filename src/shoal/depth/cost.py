@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from shoal.depth.shape import ModelShape
+from shoal.errors import InvalidInput
 
 BLOCK_TOKENS = 16
 """Positions in one cache block. Blocks are counted per layer and row."""
@@ -116,7 +117,7 @@ def plan_cost(
 ) -> PlanCost:
     """Sum the cost of a request pass by pass; see `DepthPlan.cost`."""
     if min(prompt_tokens, new_tokens, batch) < 1:
-        raise ValueError(
+        raise InvalidInput(
             f"prompt_tokens, new_tokens and batch must be 1 or more, got {prompt_tokens}, {new_tokens}, {batch}"
         )
     num_passes = new_tokens - 1

@@ -39,7 +39,7 @@ class DepthPlan:
     """Clock at which the plan stops getting shallower, for plans that do; a request that passes it is told so."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "cutoffs", tuple(int(c) for c in self.cutoffs))
+        object.__setattr__(self, "cutoffs", tuple(int(min(c, ALWAYS)) for c in self.cutoffs))
         if not self.cutoffs:
             raise InvalidPlan("a depth plan needs a cutoff for at least one layer")
         if min(self.cutoffs) < 0:

@@ -87,6 +87,10 @@ class SkipDecode:
     def bounds(self, num_layers: int) -> tuple[int, int]:
         """(m, M) for a model of `num_layers`. Raises `InvalidPlan` with the allowed range."""
         warmup = 1 if self.warmup_layers is None else self.warmup_layers
+        if warmup >= num_layers:
+            raise InvalidPlan(
+                f"warmup_layers must be at most {num_layers - 1} for a model of {num_layers} layers, got {warmup}"
+            )
         if self.depth is not None:
             return exit_bounds(num_layers, self.depth, warmup)
         assert self.min_layers is not None
