@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import operator
+import reprlib
 from collections.abc import Iterable, Sequence
+from numbers import Integral
 from typing import Any, TypeVar
 
 from shoal.depth.checkpoint import TunedDepth
@@ -28,8 +31,10 @@ def prompts_of(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:
     """One prompt or several, as a list. A flat list of integers is one prompt of token ids."""
     if isinstance(prompts, str):
         return [prompts]
+    if not isinstance(prompts, Iterable):
+        raise InvalidPrompt(f"prompts are a string, a list of token ids, or several of those, got {prompts!r}")
     listed = list(prompts)
-    if listed and all(isinstance(token, int) for token in listed):
+    if listed and all(isinstance(token, Integral) for token in listed):
         return [listed]  # type: ignore[list-item]
     return listed  # type: ignore[return-value]
 
@@ -92,12 +97,14 @@ def encode(prompt: Prompt, tokenizer: Any) -> tuple[int, ...]:
     if isinstance(prompt, str):
         if tokenizer is None:
             raise InvalidPrompt("this checkpoint has no tokenizer: give prompts as lists of token ids")
-        token_ids = tuple(tokenizer(prompt).input_ids)
+        token_ids = tuple(tokenizer(prompt).input_ids) if prompt else ()  # not the special tokens alone
     else:
-        token_ids = tuple(prompt)
-        if not all(isinstance(token, int) for token in token_ids):
-            raise InvalidPrompt("a prompt is a string or a list of token ids (integers)")
-    if not prompt or not token_ids:
+        try:
+            token_ids = tuple(map(operator.index, prompt))  # NumPy's integers, too
+        except TypeError as error:
+            got = reprlib.repr(prompt)
+            raise InvalidPrompt(f"a prompt is a string or a list of token ids (integers), got {got}") from error
+    if not token_ids:
         raise InvalidPrompt("the prompt is empty: give at least one token")
     return token_ids
 

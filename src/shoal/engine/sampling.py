@@ -36,7 +36,7 @@ class Sampling:
     frequency_penalty: float = 0.0
     """Subtracted from a token's logit once per occurrence in the output."""
     logit_bias: Mapping[int, float] = field(default_factory=dict)
-    """Added to the logits of these token ids."""
+    """Added to the logits of these token ids; -inf bans one."""
     stop: str | tuple[str, ...] = ()
     """Strings that end the completion; they are not part of its text."""
     ignore_eos: bool = False
@@ -52,6 +52,11 @@ class Sampling:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        for name in ("max_new_tokens", "min_new_tokens", "top_k", "seed", "n", "logprobs"):
+            value = getattr(self, name)
+            if not isinstance(value, int) and not (value is None and name in ("top_k", "logprobs")):
+                raise InvalidInput(f"{name} must be a whole number, got {value!r}")
+        biases = self.logit_bias.items() if isinstance(self.logit_bias, Mapping) else [(None, 0.0)]
         rules = {
             "max_new_tokens": (self.max_new_tokens >= 1, "1 or more"),
             "min_new_tokens": (0 <= self.min_new_tokens <= self.max_new_tokens, f"0 to {self.max_new_tokens}"),
@@ -59,11 +64,14 @@ class Sampling:
             "top_k": (self.top_k is None or self.top_k >= 1, "1 or more"),
             "top_p": (self.top_p is None or 0 < self.top_p <= 1, "above 0, at most 1"),
             "min_p": (self.min_p is None or 0 <= self.min_p <= 1, "0 to 1"),
-            "repetition_penalty": (self.repetition_penalty > 0, "above 0 (1 is off)"),
+            "repetition_penalty": (0 < self.repetition_penalty < float("inf"), "above 0 (1 is off)"),
             "presence_penalty": (abs(self.presence_penalty) < float("inf"), "a finite number"),
             "frequency_penalty": (abs(self.frequency_penalty) < float("inf"), "a finite number"),
-            "logit_bias": (all(isinstance(token, int) for token in self.logit_bias), "a mapping from token ids"),
-            "stop": (all(self.stop), "strings that are not empty"),
+            "logit_bias": (
+                all(isinstance(token, int) and bias < float("inf") for token, bias in biases),
+                "a mapping from token ids to numbers below infinity (-inf bans a token)",
+            ),
+            "stop": (all(isinstance(text, str) and text for text in self.stop), "strings that are not empty"),
             "seed": (0 <= self.seed < 2**64, "0 to 2**64 - 1"),
             "n": (self.n >= 1, "1 or more"),
             "logprobs": (self.logprobs is None or self.logprobs >= 0, "0 or more"),
