@@ -47,7 +47,7 @@ def sample(logits: Tensor, requests: Sequence[Request]) -> list[int | RequestFai
 def choose(logits: Tensor, request: Request) -> int:
     """One token from float32 logits [V]: penalties, bias, the user's processor, temperature, top-k, top-p, min-p, the draw.
 
-    Raises `RequestFailed` if the user's processor raises or leaves nothing to choose from.
+    Raises `RequestFailed` if the user's processor raises, returns something else than logits or leaves nothing to choose from.
     """
     sampling = request.sampling
     logits = adjust(logits.clone(), request)
@@ -55,7 +55,8 @@ def choose(logits: Tensor, request: Request) -> int:
         raise RequestFailed(f"prompt {request.index}: penalties, bias or processor left no finite logit to choose from")
     if sampling.temperature == 0:
         return int(logits.argmax())
-    logits /= sampling.temperature
+    # From the largest logit down, so that a tiny temperature gives -inf for the others and not inf - inf.
+    logits = (logits - logits.max()) / max(sampling.temperature, torch.finfo(logits.dtype).tiny)
     if sampling.top_k is not None and sampling.top_k < len(logits):
         logits[logits < logits.topk(sampling.top_k).values[-1]] = -torch.inf
     probabilities = logits.softmax(dim=-1)
@@ -86,10 +87,18 @@ def adjust(logits: Tensor, request: Request) -> Tensor:
     if len(request.output) < sampling.min_new_tokens:
         logits[list(request.eos_token_ids)] = -torch.inf
     if sampling.processor is not None:
+        vocab_size = logits.shape
         try:
             logits = sampling.processor([*request.prompt, *request.output], logits)
         except Exception as error:
             raise RequestFailed(f"prompt {request.index}: the logits processor raised {error!r}") from error
+        if not isinstance(logits, Tensor) or logits.shape != vocab_size:
+            returned = f"shape {list(logits.shape)}" if isinstance(logits, Tensor) else repr(logits)
+            raise RequestFailed(
+                f"prompt {request.index}: the logits processor must return logits of shape {list(vocab_size)}, "
+                f"it returned {returned}"
+            )
+        logits = logits.float()
     return logits
 
 
