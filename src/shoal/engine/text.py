@@ -27,6 +27,7 @@ class TextStream:
         self._tokens: list[int] = []
         self._window = 0  # first token of the window that is decoded together: two steps back is enough context
         self._done = 0  # tokens whose text is in `text`
+        self._ahead = 0  # characters in `text` beyond those tokens: what stands before an incomplete one
         self._emitted = 0
 
     def push(self, token_ids: Sequence[int]) -> str:
@@ -36,17 +37,21 @@ class TextStream:
             return ""
         before = self._decode(self._tokens[self._window : self._done])
         now = self._decode(self._tokens[self._window :])
-        if not now.endswith(REPLACEMENT):
-            self.text += now[len(before) :]
-            self._window, self._done = self._done, len(self._tokens)
-            self._cut_at_stop(len(now) - len(before))
+        whole = now.rstrip(REPLACEMENT)
+        new = whole[len(before) + self._ahead :]
+        if whole == now:
+            self._window, self._done, self._ahead = self._done, len(self._tokens), 0
+        else:
+            self._ahead += len(new)
+        self.text += new
+        self._cut_at_stop(len(new))
         return self._emit(len(self.text) - (0 if self.stopped else self._held_back()))
 
     def finish(self) -> str:
         """No more tokens will come: returns what was held back."""
         if self.tokenizer is not None and not self.stopped and self._done < len(self._tokens):
             before = self._decode(self._tokens[self._window : self._done])
-            rest = self._decode(self._tokens[self._window :])[len(before) :]
+            rest = self._decode(self._tokens[self._window :])[len(before) + self._ahead :]
             self.text += rest
             self._cut_at_stop(len(rest))
         return self._emit(len(self.text))
