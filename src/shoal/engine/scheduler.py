@@ -13,7 +13,8 @@ class Scheduler:
     """First come, first served. Admission reserves the most blocks a request can ever hold, so a running one is never put back."""
 
     def __init__(self, slots: SlotTable, cache: KVCache, *, max_pass_tokens: int) -> None:
-        """`max_pass_tokens`: most tokens in one pass; longer prompts are read in chunks beside the decode rows."""
+        """`max_pass_tokens`: most tokens in one pass, at least one per slot; longer prompts are read in chunks beside the
+        decode rows."""
         self.slots, self.cache = slots, cache
         self.max_pass_tokens = max_pass_tokens
         self.waiting: deque[Request] = deque()
@@ -33,9 +34,10 @@ class Scheduler:
             self.slots.enter(self.cache.acquire(), request)
 
     def schedule(self) -> dict[int, int]:
-        """Tokens to compute in the next pass, by slot."""
+        """Tokens to compute in the next pass, by slot. Prompts are read in the order in which they came."""
         self.admit()
-        behind = {slot: self.slots[slot].known - int(self.slots.num_computed[slot]) for slot in self.slots.running}
+        oldest_first = sorted(self.slots.running, key=lambda slot: self.slots[slot].request_id)
+        behind = {slot: self.slots[slot].known - int(self.slots.num_computed[slot]) for slot in oldest_first}
         tokens = {slot: 1 for slot, count in behind.items() if count == 1}
         room = self.max_pass_tokens - len(tokens)
         for slot, count in behind.items():
