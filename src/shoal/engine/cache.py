@@ -106,11 +106,13 @@ class KVCache:
 
     def release(self, slot: int, *, poisoned: bool = False) -> None:
         """End a slot's use. `poisoned`: its values may be NaN, which would leak through masked products, so wipe them."""
+        if poisoned:
+            for layer in np.flatnonzero(self.num_blocks[slot]).tolist():
+                filled = int(self.num_blocks[slot, layer]) * BLOCK_TOKENS
+                self.keys[layer][slot, :, :filled] = 0
+                self.values[layer][slot, :, :filled] = 0
         self.hold(np.array([slot]), np.zeros((1, self.shape.num_layers), dtype=np.int64))
         self.free_slots.append(slot)
-        if poisoned:
-            for tensor in self.keys + self.values:
-                tensor[slot].zero_()
 
     def check_integrity(self) -> None:
         """Raise `AssertionError` if the books do not add up. Cheap enough to run whenever the engine is idle."""

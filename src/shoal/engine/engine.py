@@ -53,14 +53,19 @@ class Engine:
             tokenizer: transformers' tokenizer; None works with token ids only.
             tuned: what the checkpoint's `depth_plan.json` says.
             max_batch: most requests that run together, one cache slot each.
-            max_pass_tokens: most tokens in one pass; longer prompts are read in chunks.
+            max_pass_tokens: most tokens in one pass, `max_batch` or more; longer prompts are read in chunks.
             cache_gib: KV cache budget in GiB; None takes half of the memory that is free now.
         """
         for name, value in {"max_batch": max_batch, "max_pass_tokens": max_pass_tokens}.items():
             if value < 1:
                 raise InvalidInput(f"{name} must be 1 or more, got {value}")
-        if cache_gib is not None and not cache_gib > 0:
-            raise InvalidInput(f"cache_gib must be above 0, got {cache_gib}")
+        if max_batch > max_pass_tokens:
+            raise InvalidInput(
+                f"max_batch {max_batch} is above max_pass_tokens {max_pass_tokens}: "
+                "each request that runs brings at least one token to a pass"
+            )
+        if cache_gib is not None and not 0 < cache_gib < float("inf"):
+            raise InvalidInput(f"cache_gib must be above 0 and finite, got {cache_gib}")
         self.tokenizer, self.tuned = tokenizer, tuned
         self.config: DecoderConfig = decoder.config
         cache_bytes = free_bytes(decoder.device) // 2 if cache_gib is None else int(cache_gib * 2**30)
@@ -68,7 +73,7 @@ class Engine:
         self._ids = itertools.count()
         self._lock = threading.RLock()
         self._mailboxes: dict[int, deque[Chunk]] = {}
-        self._ended: list[Chunk] = []
+        self._unread: list[Chunk] = []
 
     @classmethod
     def from_pretrained(
@@ -122,8 +127,8 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """Whether a request is waiting or running."""
-        return self.runner.has_work
+        """Whether a request is waiting or running, or `step` has chunks to return that another call's pass made."""
+        return bool(self._unread) or self.runner.has_work
 
     def generate(
         self,
@@ -173,11 +178,21 @@ class Engine:
     ) -> AsyncIterator[Chunk]:
         """`stream` for asyncio: passes run in a worker thread, and concurrent streams share them."""
         chunks = self._submit(prompts, sampling, plan, timeout_s=timeout_s, streaming=True)
+        turn = threading.Lock()  # a cancelled task leaves while its pass still runs in the worker thread
+
+        def advance() -> Chunk | None:
+            with turn:
+                return next(chunks, None)
+
+        def close() -> None:
+            with turn:
+                chunks.close()
+
         try:
-            while (chunk := await asyncio.to_thread(next, chunks, None)) is not None:
+            while (chunk := await asyncio.to_thread(advance)) is not None:
                 yield chunk
         finally:
-            chunks.close()
+            await asyncio.shield(asyncio.to_thread(close))
 
     def add(
         self,
@@ -199,11 +214,15 @@ class Engine:
         return [request.request_id for request in requests]
 
     def step(self) -> list[Chunk]:
-        """Run one pass; returns what each request gained. Chunks of `stream` and `generate` calls go to those, too."""
+        """Run one pass; returns what each request gained. Chunks of `stream` and `generate` calls go to those, too.
+
+        What added requests gained in passes of those calls comes with the next `step`.
+        """
         with self._lock:
-            chunks, self._ended = self._ended + self.runner.step(), []
+            chunks = self.runner.step()
             self._deliver(chunks)
-            return chunks
+            unread, self._unread = self._unread, []
+            return unread + chunks
 
     def cancel(self, request_id: int) -> None:
         """End a request before the next pass, with `finish_reason="cancelled"`. One that has already ended is left alone."""
@@ -274,7 +293,7 @@ class Engine:
             while unfinished:
                 with self._lock:
                     if not mailbox:
-                        self.step()
+                        self._unread += self._deliver(self.runner.step())
                 while mailbox:
                     chunk = mailbox.popleft()
                     if chunk.generation is not None:
@@ -286,13 +305,18 @@ class Engine:
                     for request_id in unfinished:
                         self._mailboxes.pop(request_id, None)
                     self.runner.cancelled |= unfinished
-                    self._ended += self.runner.end_early()  # frees their cache now; `step` reports the ends
+                    ended = self.runner.end_early()  # frees their cache now
+                    self._unread += self._deliver([c for c in ended if c.request_id not in unfinished])
 
-    def _deliver(self, chunks: Sequence[Chunk]) -> None:
-        """Put chunks where their followers look."""
+    def _deliver(self, chunks: Sequence[Chunk]) -> list[Chunk]:
+        """Put chunks where their followers look; returns those that nobody follows, of requests that were added for `step`."""
+        unfollowed = []
         for chunk in chunks:
             mailbox = self._mailboxes.get(chunk.request_id)
-            if mailbox is not None:
-                mailbox.append(chunk)
-                if chunk.generation is not None:
-                    del self._mailboxes[chunk.request_id]
+            if mailbox is None:
+                unfollowed.append(chunk)
+                continue
+            mailbox.append(chunk)
+            if chunk.generation is not None:
+                del self._mailboxes[chunk.request_id]
+        return unfollowed

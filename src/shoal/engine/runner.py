@@ -13,6 +13,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -65,10 +66,11 @@ class Runner:
         self.cache.hold(rows.slots, np.where(rows.served > 0, rows.starts[:, None] + rows.served, 0))
         self.stats.peak_cache_bytes = max(self.stats.peak_cache_bytes, self.cache.bytes_in_use)
         logits = self.decoder(build_pass(rows, list(token_ids), emits, self.cache), self.cache)
-        self.slots.record(rows)
-
         emitting = [request for request, emit in zip(requests, emits, strict=True) if emit]
-        for request, token in zip(emitting, sample(logits, emitting), strict=True):
+        new_tokens = sample(logits, emitting)
+
+        self.slots.record(rows)  # from here on the pass counts: whatever interrupts what is above, it can be run again
+        for request, token in zip(emitting, new_tokens, strict=True):
             chunks.append(self._commit(request, token))
         still = np.array([s for s in rows.slots.tolist() if self.slots.requests[s] is not None], dtype=np.int64)
         self.cache.hold(still, self.slots.held_positions(still))
@@ -142,7 +144,8 @@ class Runner:
             horizon = request.plan.horizon
             past_horizon = horizon is not None and ledger.decode_passes > horizon
             self.slots.leave(slot)
-            self.cache.release(slot, poisoned=error is not None)
+            # Only logits tell that values are finite, and a prompt that is cancelled between its chunks has shown none.
+            self.cache.release(slot, poisoned=reason not in ("stop", "length"))
         generation = Generation(
             index=request.index,
             sample=request.sample,
@@ -180,9 +183,11 @@ class Runner:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that is free on `device` now."""
+    """Memory that is free on `device` now, with what the system's file cache would give up."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    # macOS knows the total only.
-    pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"
-    return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():  # sysconf's free pages leave out the file cache, which reading a checkpoint fills
+        sizes = dict(line.split(":") for line in meminfo.read_text().splitlines())
+        return int(sizes["MemAvailable"].split()[0]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # macOS knows the total only
