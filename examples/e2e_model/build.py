@@ -36,7 +36,7 @@ SMALL_LAYERS, NUM_LAYERS = 3, 12
 BOTTOM_LAYERS = 1  # trained layers below the inserted ones: 0, and L-2, L-1 above, which every depth runs
 HORIZON = 26  # median length in tokens of the development set's descriptions
 DROPOUT = 0.1
-EPOCHS = (4.0, 1.5, 2.5)
+EPOCHS = (4.0, 1.5, 1.5)
 DEPTHS = "1,1,1/2,1/3,1/4,1/5"
 SHIPPED = Path(__file__).parents[2] / "src" / "shoal" / "data" / "shoal-e2e"
 
@@ -68,7 +68,7 @@ def main() -> None:
         grown = grow(OPTForCausalLM.from_pretrained(work / "small"), NUM_LAYERS, seed=options.seed)
         save(grown, tokenizer, work / "grown")
     tune(work, "grown", "dense", [*common, "--depths", "1", "--epochs", dense, "--lr", "5e-4"])
-    tune(work, "dense", "any-depth", [*common, "--depths", DEPTHS, "--epochs", any_depth, "--lr", "5e-4"])
+    tune(work, "dense", "any-depth", [*common, "--depths", DEPTHS, "--epochs", any_depth, "--lr", "3e-4"])
     stages = [json.loads((work / f"{name}.json").read_text()) for name in ("small", "dense", "any-depth")]
     ship(
         work / "any-depth",
@@ -94,7 +94,11 @@ def tune(work: Path, model: str, output: str, options: list[object]) -> None:
 def ship(trained: Path, training: dict[str, Any]) -> None:
     """Write the package data: bfloat16 weights, tokenizer, `depth_plan.json`, and `card.json` without the evaluation."""
     model = OPTForCausalLM.from_pretrained(trained, dtype=torch.bfloat16)
-    save(model, PreTrainedTokenizerFast.from_pretrained(trained), SHIPPED)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(trained)
+    for detail in ("is_local", "local_files_only"):  # how it was loaded here
+        tokenizer.init_kwargs.pop(detail, None)
+    save(model, tokenizer, SHIPPED)
+    (SHIPPED / "model.safetensors").chmod(0o644)
     tuned = TunedDepth.load(trained)
     assert tuned is not None
     tuned.save(SHIPPED)

@@ -91,6 +91,7 @@ def test_the_result_is_an_ordinary_checkpoint_with_its_plan(tuned: Path):
     model = transformers.AutoModelForCausalLM.from_pretrained(tuned)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tuned)
     assert model.config.num_hidden_layers == 3
+    assert model.config.use_cache  # the Trainer switches it off
     assert tokenizer("a b")["input_ids"] == [3, 4]
     assert TunedDepth.load(tuned) == TunedDepth(horizon=4, warmup_layers=1, depths=(1.0, 2 / 3))
     assert not tuned.with_name("tuned.tuning").exists()

@@ -176,6 +176,7 @@ def tune(
     plans = plans_for(config.depths, len(decoder_layers(network)), horizon=horizon, warmup_layers=config.warmup_layers)
     state = open_state(output, {"model": model, "data": str(data), **asdict(config)}, resume=resume)
 
+    use_cache = network.config.use_cache
     transformers.set_seed(config.seed)
     if config.lora_rank:
         network = add_lora(network, config.lora_rank)
@@ -198,6 +199,7 @@ def tune(
     trained: Any = trainer.model
     if config.lora_rank:
         trained = trained.merge_and_unload()
+    trained.config.use_cache = use_cache  # the Trainer had switched it off
     tuned = TunedDepth(
         horizon=horizon, warmup_layers=config.warmup_layers, depths=tuple(sorted(set(config.depths), reverse=True))
     )
