@@ -68,7 +68,8 @@ def main() -> None:
     )
     options.figure.parent.mkdir(parents=True, exist_ok=True)
     card = resolve(options.model) / "card.json"
-    draw(engine, policies, json.loads(card.read_text(encoding="utf-8")) if card.exists() else None, options.figure)
+    evaluation = json.loads(card.read_text(encoding="utf-8")).get("evaluation") if card.exists() else None
+    draw(engine, policies, evaluation, options.figure)
     console.print(f"\nFigure: {options.figure}")
 
 
@@ -146,15 +147,15 @@ def figures(run: RunCost) -> list[float]:
     ]
 
 
-def draw(engine: Engine, policies: dict[Fraction, DepthPolicy], card: dict[str, Any] | None, path: Path) -> None:
+def draw(engine: Engine, policies: dict[Fraction, DepthPolicy], evaluation: dict[str, Any] | None, path: Path) -> None:
     """Left: layers that run at each position. Right: quality against mean layers, from the model card's numbers."""
     plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     _draw_plans(left, engine, policies)
-    if card is None:
+    if evaluation is None:
         right.set_axis_off()
     else:
-        _draw_quality(right, card["evaluation"])
+        _draw_quality(right, evaluation)
     figure.savefig(path, dpi=160)
     plt.close(figure)
 
