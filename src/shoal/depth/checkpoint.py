@@ -40,10 +40,14 @@ class TunedDepth:
                 raise InvalidInput(f"{name} must be {allowed}, got {getattr(self, name)!r}")
 
     def fill(self, policy: SkipDecode) -> SkipDecode:
-        """`policy` with its open fields (horizon, warm-up layers) taken from the checkpoint."""
+        """`policy` with its open fields (horizon, warm-up layers) taken from the checkpoint.
+
+        The checkpoint's horizon counts generated tokens, so it says nothing of the column clock.
+        """
+        horizon = self.horizon if policy.clock == "generated" else None
         return replace(
             policy,
-            horizon=policy.horizon or self.horizon,
+            horizon=policy.horizon or horizon,
             warmup_layers=self.warmup_layers if policy.warmup_layers is None else policy.warmup_layers,
         )
 

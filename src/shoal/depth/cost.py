@@ -82,9 +82,28 @@ class PlanCost:
         return max(self.cache_blocks)
 
 
-def attention_flops(shape: ModelShape, num_pairs: int) -> int:
-    """FLOPs of one layer's attention over `num_pairs` (query, key) pairs: scores and weighted sum."""
-    return 4 * shape.num_heads * shape.head_dim * num_pairs
+def causal_pairs(start: int, num_tokens: int) -> int:
+    """(query, key) pairs when `num_tokens` follow `start` cached ones: `causal_pairs(2, 2) == 3 + 4`."""
+    return num_tokens * start + num_tokens * (num_tokens + 1) // 2
+
+
+def flops(shape: ModelShape, *, layer_tokens: int, layer_pairs: int, heads: int) -> int:
+    """Floating-point operations of layers and head.
+
+    Args: `layer_tokens`: tokens summed over the layers that run them; `layer_pairs`: (query, key) pairs summed likewise; `heads`:
+    tokens whose logits are computed.
+    """
+    attention = 4 * shape.num_heads * shape.head_dim * layer_pairs  # scores, and the weighted sum of values
+    return 2 * shape.layer_weights * layer_tokens + attention + 2 * shape.head_weights * heads
+
+
+def bytes_moved(shape: ModelShape, *, layers_read: int, cached_positions: int, head: bool) -> int:
+    """Bytes that a pass moves: weights of the layers that ran and of the head once, and the cache.
+
+    Args: `cached_positions`: positions read (of earlier passes) and written (of this one), summed over rows and layers.
+    """
+    weights = layers_read * shape.layer_weights + shape.head_weights * head
+    return (weights + cached_positions * shape.cache_values_per_token) * shape.bytes_per_value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,16 +113,14 @@ class PassCost:
     flops: int
     """Floating-point operations: weights, attention and head, for every row."""
     bytes_moved: int
-    """Weights of the active layers and the head once; per row and active layer the cache of earlier positions read and one position
-    written."""
+    """Weights of the active layers and the head once; per row and active layer the cache read and one position written."""
 
 
 def decode_pass_cost(shape: ModelShape, *, num_active: int, context: int, batch: int) -> PassCost:
     """Cost of a decode pass of `batch` rows that runs `num_active` layers over `context` positions, the new one included."""
-    row_flops = num_active * (2 * shape.layer_weights + attention_flops(shape, context)) + 2 * shape.head_weights
-    cached = num_active * context * shape.cache_values_per_token
-    weights = num_active * shape.layer_weights + shape.head_weights
-    return PassCost(flops=batch * row_flops, bytes_moved=(weights + batch * cached) * shape.bytes_per_value)
+    row_flops = flops(shape, layer_tokens=num_active, layer_pairs=num_active * context, heads=1)
+    moved = bytes_moved(shape, layers_read=num_active, cached_positions=batch * num_active * context, head=True)
+    return PassCost(flops=batch * row_flops, bytes_moved=moved)
 
 
 def plan_cost(
@@ -122,14 +139,7 @@ def plan_cost(
         )
     num_passes = new_tokens - 1
     prompt_layers = sum(runs_prompt)
-    kv_bytes = shape.cache_values_per_token * shape.bytes_per_value
-    layer_bytes = shape.layer_weights * shape.bytes_per_value
-    head_bytes = shape.head_weights * shape.bytes_per_value
-
-    causal_pairs = prompt_tokens * (prompt_tokens + 1) // 2
-    prompt_flops = prompt_layers * (2 * shape.layer_weights * prompt_tokens + attention_flops(shape, causal_pairs))
-    prompt_bytes = prompt_layers * (layer_bytes + batch * prompt_tokens * kv_bytes) + head_bytes
-
+    prompt_pairs = prompt_layers * causal_pairs(0, prompt_tokens)
     depths = [sum(clock < cutoff for cutoff in cutoffs) for clock in range(num_passes)]
     passes = [
         decode_pass_cost(shape, num_active=depth, context=prompt_tokens + clock + 1, batch=batch)
@@ -138,9 +148,12 @@ def plan_cost(
     return PlanCost(
         prompt_layer_tokens=batch * prompt_layers * prompt_tokens,
         decode_layer_tokens=batch * sum(depths),
-        prompt_flops=batch * (prompt_flops + 2 * shape.head_weights),
+        prompt_flops=batch
+        * flops(shape, layer_tokens=prompt_layers * prompt_tokens, layer_pairs=prompt_pairs, heads=1),
         decode_flops=sum(one.flops for one in passes),
-        prompt_bytes=prompt_bytes,
+        prompt_bytes=bytes_moved(
+            shape, layers_read=prompt_layers, cached_positions=batch * prompt_layers * prompt_tokens, head=True
+        ),
         decode_bytes=sum(one.bytes_moved for one in passes),
         cache_blocks=tuple((batch * cache_blocks_by_pass(cutoffs, runs_prompt, prompt_tokens, num_passes)).tolist()),
         mean_layers=sum(depths) / num_passes if num_passes else float(shape.num_layers),

@@ -58,7 +58,8 @@ class SkipDecode:
     """Layers that run at clock 0, warm-up included (M)."""
     horizon: int | None = None
     """Clocks over which the depth falls from M to m (N). None: the one in the checkpoint's `depth_plan.json`, else the
-    request's `max_new_tokens`. The paper takes a median length, see `fit_horizon`."""
+    request's `max_new_tokens`. The paper takes a median length, see `fit_horizon`. On the column clock it counts columns, and
+    None is the request's prompt and `max_new_tokens` together: depth is a mean over both, so generated tokens run less."""
     warmup_layers: int | None = None
     """Bottom layers that always run (W). None: the checkpoint's, else 1."""
     clock: Literal["generated", "column"] = "generated"
@@ -105,11 +106,11 @@ class SkipDecode:
     def plan(self, num_layers: int, *, prompt_tokens: int = 0, max_new_tokens: int = 64) -> DepthPlan:
         """The cutoffs: c_l = number of clocks with exit(i) >= L - l + W for l >= W, and ALWAYS for the warm-up layers."""
         warmup = 1 if self.warmup_layers is None else self.warmup_layers
-        horizon = self.horizon or max_new_tokens
-        m, top = self.bounds(num_layers)
-        exits = [exit_at(clock, m, top, horizon) for clock in range(horizon)]
         # On the column clock the first decode pass happens at column `prompt_tokens`: that part of the decay is over.
         passed = prompt_tokens if self.clock == "column" else 0
+        horizon = self.horizon or passed + max_new_tokens
+        m, top = self.bounds(num_layers)
+        exits = [exit_at(clock, m, top, horizon) for clock in range(horizon)]
 
         def cutoff(layer: int) -> int:
             needed = num_layers - layer + warmup

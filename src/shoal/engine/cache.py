@@ -17,6 +17,7 @@ from torch import Tensor
 
 from shoal.depth.cost import BLOCK_TOKENS
 from shoal.depth.shape import ModelShape
+from shoal.errors import CacheBudgetExceeded
 
 CAPACITY_STEP = 64
 """Positions by which slots grow, a multiple of the block size."""
@@ -39,10 +40,11 @@ class KVCache:
         self.free_slots = list(range(num_slots))
         self.num_blocks = np.zeros((num_slots, shape.num_layers), dtype=np.int64)
         self.max_positions = 0
-        self.keys: list[Tensor] = []
-        self.values: list[Tensor] = []
+        self.lazy = device.type == "cpu" and hasattr(mmap, "MADV_DONTNEED")  # Windows has no madvise
         self._arenas: dict[int, mmap.mmap] = {}
-        self.reserve(CAPACITY_STEP)
+        nothing = torch.empty(num_slots, shape.num_kv_heads, 0, shape.head_dim, dtype=dtype, device=device)
+        self.keys: list[Tensor] = [nothing] * shape.num_layers
+        self.values: list[Tensor] = [nothing] * shape.num_layers
 
     @property
     def bytes_per_block(self) -> int:
@@ -64,20 +66,27 @@ class KVCache:
 
         Capacity follows the longest request, since `num_keys_to_read` reads up to it, and shrinks when the cache is idle.
         """
-        capacity = CAPACITY_STEP * -(-num_positions // CAPACITY_STEP)
+        capacity = BLOCK_TOKENS * self._blocks_per_slot(num_positions)
         idle = len(self.free_slots) == self.num_slots
         if capacity <= self.max_positions and not (idle and 2 * capacity < self.max_positions):
             return
-        old_tensors, old_arenas = self.keys + self.values, self._arenas
-        self._arenas = {}
-        self.keys = [self._allocate(capacity) for _ in range(self.shape.num_layers)]
-        self.values = [self._allocate(capacity) for _ in range(self.shape.num_layers)]
+        try:
+            for layer, held in enumerate(self.num_blocks.T):
+                self.keys[layer] = self._grown(self.keys[layer], capacity, held)
+                self.values[layer] = self._grown(self.values[layer], capacity, held)
+        except (
+            OSError,
+            RuntimeError,
+        ) as error:  # what has grown is as good as what has not: `max_positions` still holds
+            raise CacheBudgetExceeded(
+                f"no memory for {self.num_slots} cache slots of {capacity} positions ({error}): lower max_batch or the lengths"
+            ) from error
         self.max_positions = capacity
-        for new, old, held in zip(self.keys + self.values, old_tensors, [*self.num_blocks.T] * 2, strict=False):
-            for slot in np.flatnonzero(held).tolist():
-                filled = int(held[slot]) * BLOCK_TOKENS
-                new[slot, :, :filled] = old[slot, :, :filled]
-        old_arenas.clear()
+
+    def fits_slots(self, num_positions: int) -> bool:
+        """Whether slots of `num_positions` stay within the budget where they are allocated whole (not on CPUs)."""
+        whole = self.num_slots * self.shape.num_layers * self._blocks_per_slot(num_positions)
+        return self.lazy or whole <= self.budget_blocks
 
     def num_keys_to_read(self, num_keys: int) -> int:
         """How many positions of a slot attention should read to see the first `num_keys`; the rest is masked.
@@ -115,16 +124,30 @@ class KVCache:
         self.free_slots.append(slot)
 
     def check_integrity(self) -> None:
-        """Raise `AssertionError` if the books do not add up. Cheap enough to run whenever the engine is idle."""
-        free = np.zeros(self.num_slots, dtype=bool)
-        free[self.free_slots] = True
-        assert len(set(self.free_slots)) == len(self.free_slots), f"a slot is free twice: {sorted(self.free_slots)}"
-        assert not self.num_blocks[free].any(), "a free slot holds blocks"
-        assert self.blocks_in_use <= self.budget_blocks, f"{self.blocks_in_use} blocks over {self.budget_blocks}"
+        """Raise `RuntimeError` if the books do not add up. Cheap enough to run whenever the engine is idle."""
+        if len(set(self.free_slots)) < len(self.free_slots):
+            raise RuntimeError(f"a cache slot is free twice: {sorted(self.free_slots)}")
+        if self.num_blocks[self.free_slots].any():
+            raise RuntimeError("a free cache slot holds blocks")
+        if self.blocks_in_use > self.budget_blocks:
+            raise RuntimeError(f"{self.blocks_in_use} cache blocks are in use, {self.budget_blocks} is the budget")
+
+    def _blocks_per_slot(self, num_positions: int) -> int:
+        """Blocks in one layer of a slot that can hold `num_positions`."""
+        return CAPACITY_STEP // BLOCK_TOKENS * -(-num_positions // CAPACITY_STEP)
+
+    def _grown(self, old: Tensor, capacity: int, held: NDArray[np.int64]) -> Tensor:
+        """A tensor of `capacity` positions with the blocks that each slot holds in `old`."""
+        new = self._allocate(capacity)
+        for slot in np.flatnonzero(held).tolist():
+            filled = int(held[slot]) * BLOCK_TOKENS
+            new[slot, :, :filled] = old[slot, :, :filled]
+        self._arenas.pop(old.data_ptr(), None)
+        return new
 
     def _allocate(self, capacity: int) -> Tensor:
         size = (self.num_slots, self.shape.num_kv_heads, capacity, self.shape.head_dim)
-        if self.device.type != "cpu" or not hasattr(mmap, "MADV_DONTNEED"):  # Windows has no madvise
+        if not self.lazy:
             return torch.zeros(size, dtype=self.dtype, device=self.device)
         arena = mmap.mmap(-1, int(np.prod(size)) * self.dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         tensor = torch.frombuffer(arena, dtype=self.dtype).view(size)

@@ -4,22 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from shoal.depth.cost import attention_flops
+from shoal.depth.cost import causal_pairs, flops
 from shoal.depth.shape import ModelShape
-
-
-@dataclass(kw_only=True)
-class LayerCounts:
-    """Sums over the layers that ran, for one request."""
-
-    prompt_tokens: int = 0
-    """Layer x prompt-token products."""
-    prompt_pairs: int = 0
-    """(query, key) pairs in the attention of those."""
-    decode_tokens: int = 0
-    """Layer x generated-token products."""
-    decode_pairs: int = 0
-    """(query, key) pairs in the attention of those."""
 
 
 @dataclass(kw_only=True)
@@ -69,60 +55,68 @@ class Ledger:
 
     @classmethod
     def of(
-        cls, shape: ModelShape, counts: LayerCounts, *, prompt_tokens: int, new_tokens: int, decode_passes: int
+        cls,
+        shape: ModelShape,
+        *,
+        prompt_tokens: int,
+        new_tokens: int,
+        decode_passes: int,
+        prompt_layer_tokens: int,
+        prompt_layer_pairs: int,
+        decode_layer_tokens: int,
+        decode_layer_pairs: int,
     ) -> Ledger:
-        """The ledger of a request whose layers ran `counts`, after `prompt_tokens` of prompt were read."""
-        emitted_by_prompt = int(new_tokens > 0)
-        head = 2 * shape.head_weights
-        prompt_pairs = causal_pairs(0, prompt_tokens)
-        decode_pairs = causal_pairs(prompt_tokens, decode_passes)
-
-        def flops(layer_tokens: int, layer_pairs: int, heads: int) -> int:
-            return 2 * shape.layer_weights * layer_tokens + attention_flops(shape, layer_pairs) + head * heads
-
+        """The ledger of a request that has read `prompt_tokens`; `*_pairs` are (query, key) pairs summed over layers that ran."""
+        prompt_heads = int(new_tokens > 0)
+        layers = shape.num_layers
+        prompt_pairs, decode_pairs = causal_pairs(0, prompt_tokens), causal_pairs(prompt_tokens, decode_passes)
         return cls(
             prompt_tokens=prompt_tokens,
             new_tokens=new_tokens,
             decode_passes=decode_passes,
-            prompt_layer_tokens=counts.prompt_tokens,
-            decode_layer_tokens=counts.decode_tokens,
-            dense_prompt_layer_tokens=shape.num_layers * prompt_tokens,
-            dense_decode_layer_tokens=shape.num_layers * decode_passes,
-            prompt_flops=flops(counts.prompt_tokens, counts.prompt_pairs, emitted_by_prompt),
-            decode_flops=flops(counts.decode_tokens, counts.decode_pairs, decode_passes),
-            dense_prompt_flops=flops(
-                shape.num_layers * prompt_tokens, shape.num_layers * prompt_pairs, emitted_by_prompt
+            prompt_layer_tokens=prompt_layer_tokens,
+            decode_layer_tokens=decode_layer_tokens,
+            dense_prompt_layer_tokens=layers * prompt_tokens,
+            dense_decode_layer_tokens=layers * decode_passes,
+            prompt_flops=flops(
+                shape, layer_tokens=prompt_layer_tokens, layer_pairs=prompt_layer_pairs, heads=prompt_heads
             ),
-            dense_decode_flops=flops(shape.num_layers * decode_passes, shape.num_layers * decode_pairs, decode_passes),
+            decode_flops=flops(
+                shape, layer_tokens=decode_layer_tokens, layer_pairs=decode_layer_pairs, heads=decode_passes
+            ),
+            dense_prompt_flops=flops(
+                shape, layer_tokens=layers * prompt_tokens, layer_pairs=layers * prompt_pairs, heads=prompt_heads
+            ),
+            dense_decode_flops=flops(
+                shape, layer_tokens=layers * decode_passes, layer_pairs=layers * decode_pairs, heads=decode_passes
+            ),
         )
-
-
-def causal_pairs(start: int, num_tokens: int) -> int:
-    """(query, key) pairs when `num_tokens` follow `start` cached ones: `causal_pairs(2, 2) == 3 + 4`."""
-    return num_tokens * start + num_tokens * (num_tokens + 1) // 2
 
 
 @dataclass(kw_only=True)
 class EngineStats:
-    """Costs that the requests of an engine share, since the last `reset()`. A pass that carries any generated token counts as
-    decode, any other as prompt."""
+    """Costs that the requests of an engine share, since the last `reset()`.
+
+    A pass may carry prompts of some rows and generated tokens of others. Its weights and head count as decode where a row with a
+    generated token needed them, its cache bytes by row, and its seconds in proportion to the layer-tokens of both.
+    """
 
     prompt_passes: int = 0
     """Passes that carried prompt tokens only."""
     decode_passes: int = 0
     """Passes that carried generated tokens."""
     prompt_bytes: int = 0
-    """Bytes moved by prompt passes: weights of the layers that ran and the head once, cache read and written per row."""
+    """Bytes moved for prompts: weights and head once per pass, cache read and written per row."""
     decode_bytes: int = 0
-    """Bytes moved by decode passes."""
+    """Bytes moved for generated tokens."""
     dense_prompt_bytes: int = 0
     """Bytes that the same passes would move with every layer."""
     dense_decode_bytes: int = 0
     """Bytes that the same passes would move with every layer."""
     prompt_s: float = 0.0
-    """Seconds in prompt passes."""
+    """Seconds for prompts."""
     decode_s: float = 0.0
-    """Seconds in decode passes."""
+    """Seconds for generated tokens."""
     peak_cache_bytes: int = 0
     """Most bytes of cache blocks in use at once."""
 

@@ -17,12 +17,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from shoal.depth.cost import bytes_moved
 from shoal.engine.batch import Rows, build_pass, deepest_first
 from shoal.engine.cache import KVCache
 from shoal.engine.ledger import EngineStats, Ledger
 from shoal.engine.request import Chunk, FinishReason, Generation, Request
-from shoal.engine.sampler import sample
+from shoal.engine.sampler import Sampled, sample
 from shoal.engine.scheduler import Scheduler
 from shoal.engine.slots import SlotTable
 from shoal.errors import RequestFailed
@@ -67,14 +69,15 @@ class Runner:
         self.stats.peak_cache_bytes = max(self.stats.peak_cache_bytes, self.cache.bytes_in_use)
         logits = self.decoder(build_pass(rows, list(token_ids), emits, self.cache), self.cache)
         emitting = [request for request, emit in zip(requests, emits, strict=True) if emit]
-        new_tokens = sample(logits, emitting)
+        sampled = sample(logits, emitting)
 
+        decodes = self.slots.decodes(rows)
         self.slots.record(rows)  # from here on the pass counts: whatever interrupts what is above, it can be run again
-        for request, token in zip(emitting, new_tokens, strict=True):
-            chunks.append(self._commit(request, token))
+        for request, one in zip(emitting, sampled, strict=True):
+            chunks.append(self._commit(request, one))
         still = np.array([s for s in rows.slots.tolist() if self.slots.requests[s] is not None], dtype=np.int64)
         self.cache.hold(still, self.slots.held_positions(still))
-        self._count(rows, emits, seconds=time.perf_counter() - began)
+        self._count(rows, decodes, emits, seconds=time.perf_counter() - began)
         return chunks
 
     def submit(self, requests: Sequence[Request]) -> None:
@@ -115,11 +118,14 @@ class Runner:
         served = self.slots.served(slots, num_tokens)
         return deepest_first(Rows(slots=slots, starts=starts, num_tokens=num_tokens, served=served))
 
-    def _commit(self, request: Request, token: int | RequestFailed) -> Chunk:
+    def _commit(self, request: Request, sampled: Sampled | RequestFailed) -> Chunk:
         """Add a token to a request's output, and end the request if that was its last."""
-        if isinstance(token, RequestFailed):
-            return self._end(request, "error", error=str(token))
+        if isinstance(sampled, RequestFailed):
+            return self._end(request, "error", error=str(sampled))
+        token = sampled.token
         request.output.append(token)
+        if sampled.logprobs is not None:
+            request.logprobs.append(sampled.logprobs)
         text = request.text.push([token])
         reason = request.finish_reason()
         if reason is not None:
@@ -159,27 +165,32 @@ class Runner:
         )
         return request.chunk(token_ids=token_ids, text=text, generation=generation)
 
-    def _count(self, rows: Rows, emits: np.ndarray, *, seconds: float) -> None:
-        """Add a pass to the shared costs. It is decode if any row consumed a generated token."""
+    def _count(self, rows: Rows, decodes: NDArray[np.bool_], emits: NDArray[np.bool_], *, seconds: float) -> None:
+        """Add a pass to the shared costs; see `EngineStats` for how one is shared between prompts and generated tokens."""
         shape, stats = self.shape, self.stats
-        kv_bytes = shape.cache_values_per_token * shape.bytes_per_value
-        weight_bytes = shape.layer_weights * shape.bytes_per_value
-        head_bytes = shape.head_weights * shape.bytes_per_value if emits.any() else 0
         ran = rows.served > 0
-        cached = np.where(ran, rows.starts[:, None] + rows.served, 0)
-        moved = int(ran.any(axis=0).sum()) * weight_bytes + int(cached.sum()) * kv_bytes + head_bytes
-        dense_cached = int((rows.starts + rows.num_tokens).sum()) * shape.num_layers
-        dense = shape.num_layers * weight_bytes + dense_cached * kv_bytes + head_bytes
-        if (rows.starts >= self.slots.prompt_tokens[rows.slots]).any():
-            stats.decode_passes += 1
-            stats.decode_bytes += moved
-            stats.dense_decode_bytes += dense
-            stats.decode_s += seconds
-        else:
-            stats.prompt_passes += 1
-            stats.prompt_bytes += moved
-            stats.dense_prompt_bytes += dense
-            stats.prompt_s += seconds
+        cached = np.where(ran, rows.starts[:, None] + rows.served, 0).sum(axis=1)
+        dense_cached = shape.num_layers * (rows.starts + rows.num_tokens)
+        layers_for_decode = int(ran[decodes].any(axis=0).sum())
+        layers_for_prompts = int(ran.any(axis=0).sum()) - layers_for_decode
+        any_decode = bool(decodes.any())
+        head_for_prompts = bool(emits.any()) and not any_decode
+        dense_layers = shape.num_layers
+
+        def moved(layers_read: int, cached_positions: np.int64, head: bool) -> int:
+            return bytes_moved(shape, layers_read=layers_read, cached_positions=int(cached_positions), head=head)
+
+        stats.decode_passes += any_decode
+        stats.prompt_passes += not any_decode
+        stats.decode_bytes += moved(layers_for_decode, cached[decodes].sum(), any_decode)
+        stats.prompt_bytes += moved(layers_for_prompts, cached[~decodes].sum(), head_for_prompts)
+        stats.dense_decode_bytes += moved(dense_layers * any_decode, dense_cached[decodes].sum(), any_decode)
+        stats.dense_prompt_bytes += moved(
+            dense_layers * (not any_decode), dense_cached[~decodes].sum(), head_for_prompts
+        )
+        decode_share = rows.served[decodes].sum() / rows.served.sum()
+        stats.decode_s += seconds * decode_share
+        stats.prompt_s += seconds * (1 - decode_share)
 
 
 def free_bytes(device: torch.device) -> int:
@@ -189,5 +200,9 @@ def free_bytes(device: torch.device) -> int:
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():  # sysconf's free pages leave out the file cache, which reading a checkpoint fills
         sizes = dict(line.split(":") for line in meminfo.read_text().splitlines())
-        return int(sizes["MemAvailable"].split()[0]) * 1024
+        available = int(sizes["MemAvailable"].split()[0]) * 1024
+        limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+        if limit.exists() and (most := limit.read_text().strip()) != "max":  # a container with a limit of its own
+            available = min(available, max(0, int(most) - int(used.read_text())))
+        return available
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # macOS knows the total only

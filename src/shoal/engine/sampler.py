@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,8 +17,16 @@ TOP_P_PREFIX = 1024
 """Most probable tokens looked at before a whole vocabulary is sorted for top-p."""
 
 
-def sample(logits: Tensor, requests: Sequence[Request]) -> list[int | RequestFailed]:
-    """The next token of each row, or why its request fails; the others go on.
+class Sampled(NamedTuple):
+    """One row's next token."""
+
+    token: int
+    logprobs: TokenLogprobs | None
+    """Where the request asks for them."""
+
+
+def sample(logits: Tensor, requests: Sequence[Request]) -> list[Sampled | RequestFailed]:
+    """The next token of each row, or why its request fails; the others go on. Changes nothing.
 
     Args: logits [R, V] in the model's dtype, one row per request.
     """
@@ -25,7 +34,7 @@ def sample(logits: Tensor, requests: Sequence[Request]) -> list[int | RequestFai
     # means that nothing is NaN or +inf.
     largest, best = logits.max(dim=-1)
     finite = largest.isfinite().tolist()
-    tokens: list[int | RequestFailed] = []
+    tokens: list[Sampled | RequestFailed] = []
     for row, (request, greedy) in enumerate(zip(requests, best.tolist(), strict=True)):
         if not finite[row]:
             where = f"prompt {request.index}, after {len(request.output)} new tokens"
@@ -38,9 +47,8 @@ def sample(logits: Tensor, requests: Sequence[Request]) -> list[int | RequestFai
         except RequestFailed as error:
             tokens.append(error)
             continue
-        if request.sampling.logprobs is not None:
-            request.logprobs.append(token_logprobs(logits[row].float(), token, request.sampling.logprobs))
-        tokens.append(token)
+        num_top = request.sampling.logprobs
+        tokens.append(Sampled(token, None if num_top is None else token_logprobs(logits[row].float(), token, num_top)))
     return tokens
 
 

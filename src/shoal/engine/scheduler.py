@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 
 from shoal.engine.cache import KVCache
@@ -23,15 +24,15 @@ class Scheduler:
         """Move waiting requests into free slots while the cache budget holds."""
         reserved = self.slots.reserved_blocks()
         admitted: list[Request] = []
-        while self.waiting and len(admitted) < len(self.cache.free_slots):
-            reserved += int(self.waiting[0].future_blocks[0])
+        for request in itertools.islice(self.waiting, len(self.cache.free_slots)):
+            reserved += int(request.future_blocks[0])
             if reserved > self.cache.budget_blocks:
                 break
-            admitted.append(self.waiting.popleft())
-        if admitted:
+            admitted.append(request)
+        if admitted:  # grow first: where that fails, nobody has left the queue
             self.cache.reserve(max(len(r.prompt) + r.sampling.max_new_tokens - 1 for r in admitted))
-        for request in admitted:
-            self.slots.enter(self.cache.acquire(), request)
+        for _ in admitted:
+            self.slots.enter(self.cache.acquire(), self.waiting.popleft())
 
     def schedule(self) -> dict[int, int]:
         """Tokens to compute in the next pass, by slot. Prompts are read in the order in which they came."""

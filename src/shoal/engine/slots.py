@@ -7,12 +7,13 @@ Prefill, decode and chunks of a long prompt are the same arithmetic. Letters: R 
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from shoal.depth.cost import cache_blocks_by_pass
 from shoal.depth.plan import DepthPlan
 from shoal.depth.shape import ModelShape
 from shoal.engine.batch import Ints, Rows
-from shoal.engine.ledger import LayerCounts, Ledger
+from shoal.engine.ledger import Ledger
 from shoal.engine.request import Request
 
 
@@ -25,7 +26,9 @@ class SlotTable:
         self.num_computed = np.zeros(num_slots, dtype=np.int64)
         self.cutoffs = np.zeros((num_slots, num_layers), dtype=np.int64)
         self.runs_prompt = np.zeros((num_slots, num_layers), dtype=bool)
-        self.layer_counts = np.zeros((num_slots, 4), dtype=np.int64)  # in the order of LayerCounts' fields
+        # Of layers that ran, [slot, 0] for the prompt and [slot, 1] for generated tokens:
+        self.layer_tokens = np.zeros((num_slots, 2), dtype=np.int64)
+        self.layer_pairs = np.zeros((num_slots, 2), dtype=np.int64)  # (query, key) pairs of their attention
 
     @property
     def running(self) -> list[int]:
@@ -45,7 +48,7 @@ class SlotTable:
         self.num_computed[slot] = 0
         self.cutoffs[slot] = request.plan.cutoffs
         self.runs_prompt[slot] = request.plan.runs_prompt
-        self.layer_counts[slot] = 0
+        self.layer_tokens[slot] = self.layer_pairs[slot] = 0
 
     def leave(self, slot: int) -> None:
         """Empty a slot."""
@@ -74,12 +77,16 @@ class SlotTable:
 
     def record(self, rows: Rows) -> None:
         """Note that a pass ran these rows."""
-        slots, start = rows.slots, rows.starts
-        decode = (start >= self.prompt_tokens[slots]).astype(np.int64)
-        pairs = rows.served * start[:, None] + rows.served * (rows.served + 1) // 2
-        self.layer_counts[slots, 2 * decode] += rows.served.sum(axis=1)
-        self.layer_counts[slots, 2 * decode + 1] += pairs.sum(axis=1)
-        self.num_computed[slots] += rows.num_tokens
+        decode = self.decodes(rows).astype(np.int64)
+        self.layer_tokens[rows.slots, decode] += rows.served.sum(axis=1)
+        pairs = rows.served * rows.starts[:, None] + rows.served * (rows.served + 1) // 2
+        self.layer_pairs[rows.slots, decode] += pairs.sum(axis=1)
+        self.num_computed[rows.slots] += rows.num_tokens
+
+    def decodes(self, rows: Rows) -> NDArray[np.bool_]:
+        """[R]: whether a row consumes generated tokens rather than its prompt; asked before the pass is recorded."""
+        consumes: NDArray[np.bool_] = rows.starts >= self.prompt_tokens[rows.slots]
+        return consumes
 
     def held_positions(self, slots: Ints) -> Ints:
         """[R, L]: positions that each layer must keep: all computed ones, none once the layer has retired."""
@@ -90,18 +97,17 @@ class SlotTable:
 
     def ledger(self, slot: int, shape: ModelShape) -> Ledger:
         """What the request in `slot` has spent."""
-        prompt_tokens, prompt_pairs, decode_tokens, decode_pairs = self.layer_counts[slot].tolist()
+        prompt_layer_tokens, decode_layer_tokens = self.layer_tokens[slot].tolist()
+        prompt_layer_pairs, decode_layer_pairs = self.layer_pairs[slot].tolist()
         return Ledger.of(
             shape,
-            LayerCounts(
-                prompt_tokens=prompt_tokens,
-                prompt_pairs=prompt_pairs,
-                decode_tokens=decode_tokens,
-                decode_pairs=decode_pairs,
-            ),
             prompt_tokens=int(min(self.num_computed[slot], self.prompt_tokens[slot])),
             new_tokens=len(self[slot].output),
             decode_passes=int(max(0, self.num_computed[slot] - self.prompt_tokens[slot])),
+            prompt_layer_tokens=prompt_layer_tokens,
+            prompt_layer_pairs=prompt_layer_pairs,
+            decode_layer_tokens=decode_layer_tokens,
+            decode_layer_pairs=decode_layer_pairs,
         )
 
 
