@@ -74,8 +74,8 @@ class SkipDecode:
             raise InvalidPlan("min_layers and max_layers go together: one of them is missing")
         if self.min_layers is not None and self.max_layers is not None and self.min_layers > self.max_layers:
             raise InvalidPlan(f"min_layers {self.min_layers} is above max_layers {self.max_layers}")
-        if self.depth is not None and not 0 < self.depth <= 1:
-            raise InvalidPlan(f"depth is a share of the layers, above 0 and at most 1, got {self.depth}")
+        if self.depth is not None and not (isinstance(self.depth, int | float) and 0 < self.depth <= 1):
+            raise InvalidPlan(f"depth is a share of the layers, above 0 and at most 1, got {self.depth!r}")
         if self.horizon is not None and self.horizon < 1:
             raise InvalidPlan(f"horizon must be 1 or more clocks, got {self.horizon}")
         if self.warmup_layers is not None and self.warmup_layers < 0:

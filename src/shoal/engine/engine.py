@@ -19,14 +19,14 @@ from typing import Any
 import torch
 
 from shoal.depth.checkpoint import TunedDepth
-from shoal.depth.plan import Dense
 from shoal.depth.shape import ModelShape
-from shoal.engine.intake import Plan, Prompt, check_request, one_per_prompt, prompts_of
+from shoal.engine.intake import Plan, Prompt, check_job, one_per_prompt, prompts_of
 from shoal.engine.ledger import EngineStats
 from shoal.engine.request import Chunk, Generation, Request
 from shoal.engine.runner import Runner, free_bytes
 from shoal.engine.sampling import Sampling
-from shoal.errors import InvalidInput
+from shoal.engine.text import TextStream
+from shoal.errors import InvalidInput, ShoalError
 from shoal.models.checkpoint import load_checkpoint, load_tokenizer
 from shoal.models.decoder import Decoder
 from shoal.models.directory import resolve
@@ -56,16 +56,7 @@ class Engine:
             max_pass_tokens: most tokens in one pass, `max_batch` or more; longer prompts are read in chunks.
             cache_gib: KV cache budget in GiB; None takes half of the memory that is free now.
         """
-        for name, value in {"max_batch": max_batch, "max_pass_tokens": max_pass_tokens}.items():
-            if value < 1:
-                raise InvalidInput(f"{name} must be 1 or more, got {value}")
-        if max_batch > max_pass_tokens:
-            raise InvalidInput(
-                f"max_batch {max_batch} is above max_pass_tokens {max_pass_tokens}: "
-                "each request that runs brings at least one token to a pass"
-            )
-        if cache_gib is not None and not 0 < cache_gib < float("inf"):
-            raise InvalidInput(f"cache_gib must be above 0 and finite, got {cache_gib}")
+        check_sizes(max_batch=max_batch, max_pass_tokens=max_pass_tokens, cache_gib=cache_gib)
         self.tokenizer, self.tuned = tokenizer, tuned
         self.config: DecoderConfig = decoder.config
         cache_bytes = free_bytes(decoder.device) // 2 if cache_gib is None else int(cache_gib * 2**30)
@@ -74,6 +65,7 @@ class Engine:
         self._lock = threading.RLock()
         self._mailboxes: dict[int, deque[Chunk]] = {}
         self._unread: list[Chunk] = []
+        self._in_pass = False
 
     @classmethod
     def from_pretrained(
@@ -104,12 +96,14 @@ class Engine:
             if threads < 1:
                 raise InvalidInput(f"threads must be 1 or more, got {threads}")
             torch.set_num_threads(threads)
+        check_sizes(max_batch=max_batch, max_pass_tokens=max_pass_tokens, cache_gib=cache_gib)
         directory = resolve(os.fspath(path), revision=revision, token=token)
+        tokenizer, tuned = load_tokenizer(directory), TunedDepth.load(directory)  # what fails quickly comes first
         config, weights = load_checkpoint(directory, dtype=dtype, device=device)
         return cls(
             Decoder(config, weights),
-            load_tokenizer(directory),
-            tuned=TunedDepth.load(directory),
+            tokenizer,
+            tuned=tuned,
             max_batch=max_batch,
             max_pass_tokens=max_pass_tokens,
             cache_gib=cache_gib,
@@ -219,7 +213,7 @@ class Engine:
         What added requests gained in passes of those calls comes with the next `step`.
         """
         with self._lock:
-            chunks = self.runner.step()
+            chunks = self._run_pass()
             self._deliver(chunks)
             unread, self._unread = self._unread, []
             return unread + chunks
@@ -240,23 +234,33 @@ class Engine:
         streaming: bool,
     ) -> list[Request]:
         """Check one prompt and make its requests, one per sample."""
+        if timeout_s is not None and not (isinstance(timeout_s, int | float) and timeout_s >= 0):
+            raise InvalidInput(f"timeout_s must be 0 or more seconds, got {timeout_s!r}")
+        job = check_job(
+            prompt,
+            sampling,
+            plan,
+            config=self.config,
+            tokenizer=self.tokenizer,
+            tuned=self.tuned,
+            cache=self.runner.cache,
+        )
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         return [
-            check_request(
-                prompt,
-                sampling or Sampling(),
-                plan or Dense(),
+            Request(
                 request_id=next(self._ids),
                 index=index,
                 sample=sample,
+                prompt=job.prompt,
+                sampling=job.sampling,
+                plan=job.plan,
+                stop_token_ids=job.stop_token_ids,
+                eos_token_ids=job.eos_token_ids,
+                text=TextStream(self.tokenizer, job.sampling.stop, streaming=streaming),
                 deadline=deadline,
-                streaming=streaming,
-                config=self.config,
-                tokenizer=self.tokenizer,
-                tuned=self.tuned,
-                cache=self.runner.cache,
+                future_blocks=job.future_blocks,
             )
-            for sample in range((sampling or Sampling()).n)
+            for sample in range(job.sampling.n)
         ]
 
     def _submit(
@@ -293,7 +297,7 @@ class Engine:
             while unfinished:
                 with self._lock:
                     if not mailbox:
-                        self._unread += self._deliver(self.runner.step())
+                        self._unread += self._deliver(self._run_pass())
                 while mailbox:
                     chunk = mailbox.popleft()
                     if chunk.generation is not None:
@@ -305,8 +309,19 @@ class Engine:
                     for request_id in unfinished:
                         self._mailboxes.pop(request_id, None)
                     self.runner.cancelled |= unfinished
-                    ended = self.runner.end_early()  # frees their cache now
-                    self._unread += self._deliver([c for c in ended if c.request_id not in unfinished])
+                    if not self._in_pass:  # closed from within a pass, they end before the next one
+                        ended = self.runner.end_early()  # frees their cache now
+                        self._unread += self._deliver([c for c in ended if c.request_id not in unfinished])
+
+    def _run_pass(self) -> list[Chunk]:
+        """One pass of the runner. Raises `ShoalError` when called from within one, as by a logits processor."""
+        if self._in_pass:
+            raise ShoalError("the engine is in the middle of a pass: a logits processor cannot run it")
+        self._in_pass = True
+        try:
+            return self.runner.step()
+        finally:
+            self._in_pass = False
 
     def _deliver(self, chunks: Sequence[Chunk]) -> list[Chunk]:
         """Put chunks where their followers look; returns those that nobody follows, of requests that were added for `step`."""
@@ -320,3 +335,17 @@ class Engine:
             if chunk.generation is not None:
                 del self._mailboxes[chunk.request_id]
         return unfollowed
+
+
+def check_sizes(*, max_batch: int, max_pass_tokens: int, cache_gib: float | None) -> None:
+    """Raises `InvalidInput` where the sizes of an `Engine` are outside what is allowed."""
+    for name, value in {"max_batch": max_batch, "max_pass_tokens": max_pass_tokens}.items():
+        if value < 1:
+            raise InvalidInput(f"{name} must be 1 or more, got {value}")
+    if max_batch > max_pass_tokens:
+        raise InvalidInput(
+            f"max_batch {max_batch} is above max_pass_tokens {max_pass_tokens}: "
+            "each request that runs brings at least one token to a pass"
+        )
+    if cache_gib is not None and not 0 < cache_gib < float("inf"):
+        raise InvalidInput(f"cache_gib must be above 0 and finite, got {cache_gib}")

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import bisect
 import operator
 import reprlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, TypeVar
 
 from shoal.depth.checkpoint import TunedDepth
 from shoal.depth.plan import Dense, DepthPlan, DepthPolicy
 from shoal.depth.skipdecode import SkipDecode
+from shoal.engine.batch import Ints
 from shoal.engine.cache import KVCache
-from shoal.engine.request import Request
 from shoal.engine.sampling import Sampling
 from shoal.engine.slots import future_blocks
-from shoal.engine.text import TextStream
 from shoal.errors import CacheBudgetExceeded, InvalidInput, InvalidPlan, InvalidPrompt
 from shoal.models.weights import DecoderConfig
 
@@ -31,8 +32,10 @@ def prompts_of(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:
     """One prompt or several, as a list. A flat list of integers is one prompt of token ids."""
     if isinstance(prompts, str):
         return [prompts]
-    if not isinstance(prompts, Iterable):
-        raise InvalidPrompt(f"prompts are a string, a list of token ids, or several of those, got {prompts!r}")
+    if not isinstance(prompts, Iterable) or isinstance(prompts, bytes | Mapping):
+        raise InvalidPrompt(
+            f"prompts are a string, a list of token ids, or several of those, got {reprlib.repr(prompts)}"
+        )
     listed = list(prompts)
     if listed and all(isinstance(token, Integral) for token in listed):
         return [listed]  # type: ignore[list-item]
@@ -48,25 +51,41 @@ def one_per_prompt(name: str, given: T | Sequence[T], num_prompts: int) -> list[
     return list(given)
 
 
-def check_request(
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One prompt with its sampling and plan, checked."""
+
+    prompt: tuple[int, ...]
+    """Token ids."""
+    sampling: Sampling
+    """As given."""
+    plan: DepthPlan
+    """Made by the policy, for this model and prompt."""
+    stop_token_ids: frozenset[int]
+    """Tokens that end the completion: end of sequence unless ignored, and stop strings that are special tokens."""
+    eos_token_ids: frozenset[int]
+    """Tokens that may not come before `min_new_tokens`."""
+    future_blocks: Ints
+    """As in `Request`."""
+
+
+def check_job(
     prompt: Prompt,
-    sampling: Sampling,
-    plan: Plan,
+    sampling: Sampling | None,
+    plan: Plan | None,
     *,
-    request_id: int,
-    index: int,
-    sample: int,
-    deadline: float | None,
-    streaming: bool,
     config: DecoderConfig,
     tokenizer: Any,
     tuned: TunedDepth | None,
     cache: KVCache,
-) -> Request:
+) -> Job:
     """Tokenise, check ids, lengths and cache budget, and make the plan.
 
     Raises `InvalidPrompt`, `InvalidPlan`, `CacheBudgetExceeded` or `InvalidInput`.
     """
+    sampling = Sampling() if sampling is None else sampling
+    if not isinstance(sampling, Sampling):
+        raise InvalidInput(f"sampling must be a Sampling, got {reprlib.repr(sampling)} (plans go into plan=)")
     token_ids = encode(prompt, tokenizer)
     vocab_size = config.shape.vocab_size
     outside = [token for token in (*token_ids, *sampling.logit_bias) if not 0 <= token < vocab_size]
@@ -76,30 +95,39 @@ def check_request(
         raise InvalidInput("stop strings need a tokenizer, and this engine has none")
     check_length(len(token_ids), sampling.max_new_tokens, config)
     made = resolve_plan(plan, len(token_ids), sampling.max_new_tokens, config.shape.num_layers, tuned)
-    request = Request(
-        request_id=request_id,
-        index=index,
-        sample=sample,
+    check_budget(made, len(token_ids), sampling.max_new_tokens, cache)
+    eos_token_ids = frozenset(config.eos_token_ids)
+    return Job(
         prompt=token_ids,
         sampling=sampling,
         plan=made,
-        eos_token_ids=frozenset(config.eos_token_ids),
-        text=TextStream(tokenizer, sampling.stop, streaming=streaming),
-        deadline=deadline,
+        stop_token_ids=special_tokens(sampling.stop, tokenizer)
+        | (frozenset() if sampling.ignore_eos else eos_token_ids),
+        eos_token_ids=eos_token_ids,
         future_blocks=future_blocks(made, len(token_ids), sampling.max_new_tokens),
     )
-    check_budget(request, cache)
-    return request
+
+
+def special_tokens(stop: Sequence[str], tokenizer: Any) -> frozenset[int]:
+    """Ids of the stop strings that are special tokens: these never show in decoded text, so they stop by id."""
+    if not stop:
+        return frozenset()
+    special = {token.content: token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return frozenset(special[text] for text in stop if text in special)
 
 
 def encode(prompt: Prompt, tokenizer: Any) -> tuple[int, ...]:
     """Token ids of a prompt, with the special tokens that the tokenizer puts around one."""
     if isinstance(prompt, str):
+        if not prompt.isascii() and any("\ud800" <= letter <= "\udfff" for letter in prompt):
+            raise InvalidPrompt("the prompt holds half of a surrogate pair, which is not text")
         if tokenizer is None:
             raise InvalidPrompt("this checkpoint has no tokenizer: give prompts as lists of token ids")
         token_ids = tuple(tokenizer(prompt).input_ids) if prompt else ()  # not the special tokens alone
     else:
         try:
+            if isinstance(prompt, bytes | Mapping):
+                raise TypeError
             token_ids = tuple(map(operator.index, prompt))  # NumPy's integers, too
         except TypeError as error:
             got = reprlib.repr(prompt)
@@ -123,27 +151,37 @@ def check_length(prompt_tokens: int, max_new_tokens: int, config: DecoderConfig)
         )
 
 
-def check_budget(request: Request, cache: KVCache) -> None:
+def check_budget(plan: DepthPlan, prompt_tokens: int, max_new_tokens: int, cache: KVCache) -> None:
     """Raises `CacheBudgetExceeded` for a request that would not fit even alone, and says what would."""
-    needed = int(request.future_blocks[0])
-    if needed <= cache.budget_blocks:
-        return
-    fits = request.sampling.max_new_tokens
-    while fits and future_blocks(request.plan, len(request.prompt), fits)[0] > cache.budget_blocks:
-        fits //= 2
-    gib = needed * cache.bytes_per_block / 2**30
-    raise CacheBudgetExceeded(
-        f"{len(request.prompt)} prompt tokens + {request.sampling.max_new_tokens} new tokens need {needed} cache blocks "
-        f"({gib:.3g} GiB) and the budget is {cache.budget_blocks}: "
-        + (f"max_new_tokens={fits} would fit" if fits else "the prompt alone does not fit")
-        + f", or a budget of {gib:.3g} GiB (cache_gib)"
-    )
+
+    def needed(new_tokens: int) -> int:
+        return int(future_blocks(plan, prompt_tokens, new_tokens)[0])
+
+    def gib(num_blocks: int) -> str:
+        return f"{num_blocks * cache.bytes_per_block / 2**30:.3g} GiB"
+
+    wanted = f"{prompt_tokens} prompt tokens + {max_new_tokens} new tokens"
+    if needed(max_new_tokens) > cache.budget_blocks:
+        fits = bisect.bisect_right(range(1, max_new_tokens + 1), cache.budget_blocks, key=needed)
+        raise CacheBudgetExceeded(
+            f"{wanted} need {needed(max_new_tokens)} cache blocks ({gib(needed(max_new_tokens))}) and the budget is "
+            f"{cache.budget_blocks} ({gib(cache.budget_blocks)}): "
+            + (f"max_new_tokens={fits} would fit" if fits else "the prompt alone does not fit")
+            + ", or raise cache_gib"
+        )
+    if not cache.fits_slots(prompt_tokens + max_new_tokens - 1):
+        raise CacheBudgetExceeded(
+            f"{wanted} in {cache.num_slots} cache slots, which {cache.device.type} allocates whole, exceed the budget of "
+            f"{gib(cache.budget_blocks)}: lower max_batch or raise cache_gib"
+        )
 
 
 def resolve_plan(
-    plan: Plan, prompt_tokens: int, max_new_tokens: int, num_layers: int, tuned: TunedDepth | None
+    plan: Plan | None, prompt_tokens: int, max_new_tokens: int, num_layers: int, tuned: TunedDepth | None
 ) -> DepthPlan:
-    """The plan of one request: open fields of a policy come from the checkpoint's `depth_plan.json`."""
+    """The plan of one request: open fields of a policy come from the checkpoint's `depth_plan.json`; None is dense."""
+    if plan is None:
+        plan = Dense()
     if isinstance(plan, SkipDecode) and tuned is not None:
         plan = tuned.fill(plan)
     if isinstance(plan, DepthPlan):
@@ -154,6 +192,8 @@ def resolve_plan(
         raise InvalidPlan(
             f"plan must be a DepthPlan or a policy such as {Dense()} or SkipDecode(depth=1/2), got {plan!r}"
         )
+    if not isinstance(made, DepthPlan):
+        raise InvalidPlan(f"{plan!r} made {reprlib.repr(made)} where a DepthPlan was expected")
     if made.num_layers != num_layers:
         raise InvalidPlan(f"the plan is for {made.num_layers} layers, the model has {num_layers}")
     return made

@@ -78,7 +78,10 @@ class Request:
     prompt: tuple[int, ...]
     sampling: Sampling
     plan: DepthPlan
+    stop_token_ids: frozenset[int]
+    """Tokens that end it: end of sequence unless ignored, and stop strings that are special tokens."""
     eos_token_ids: frozenset[int]
+    """Tokens that may not come before `Sampling.min_new_tokens`."""
     text: TextStream
     deadline: float | None
     """`time.monotonic()` at which it ends with `timeout`; None for never."""
@@ -102,7 +105,7 @@ class Request:
 
     def finish_reason(self) -> FinishReason | None:
         """Why it ends after the last committed token, or None."""
-        if self.text.stopped or (not self.sampling.ignore_eos and self.output[-1] in self.eos_token_ids):
+        if self.text.stopped or self.output[-1] in self.stop_token_ids:
             return "stop"
         return "length" if len(self.output) == self.sampling.max_new_tokens else None
 

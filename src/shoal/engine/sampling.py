@@ -38,11 +38,12 @@ class Sampling:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     """Added to the logits of these token ids; -inf bans one."""
     stop: str | tuple[str, ...] = ()
-    """Strings that end the completion; they are not part of its text."""
+    """Strings that end the completion; they are not part of its text. May be special tokens, such as `<|im_end|>`."""
     ignore_eos: bool = False
     """Whether to go on past end-of-sequence tokens."""
     seed: int = 0
-    """Key of the noise: the same request with the same seed gives the same tokens, whatever company it runs in."""
+    """Key of the noise: the same request with the same seed gives the same tokens, whatever company it runs in. Prompts that
+    share a seed share their noise; for independent draws give each prompt a seed of its own."""
     n: int = 1
     """Completions of the prompt; with temperature above 0 each draws noise of its own."""
     logprobs: int | None = None
@@ -51,11 +52,17 @@ class Sampling:
     """The user's own change of the logits, after penalties and bias, before temperature."""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.stop, str | tuple | list):
+            raise InvalidInput(f"stop must be a string or several, got {self.stop!r}")
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         for name in ("max_new_tokens", "min_new_tokens", "top_k", "seed", "n", "logprobs"):
             value = getattr(self, name)
             if not isinstance(value, int) and not (value is None and name in ("top_k", "logprobs")):
                 raise InvalidInput(f"{name} must be a whole number, got {value!r}")
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) and not (value is None and name in ("top_p", "min_p")):
+                raise InvalidInput(f"{name} must be a number, got {value!r}")
         biases = self.logit_bias.items() if isinstance(self.logit_bias, Mapping) else [(None, 0.0)]
         rules = {
             "max_new_tokens": (self.max_new_tokens >= 1, "1 or more"),
@@ -81,19 +88,11 @@ class Sampling:
                 raise InvalidInput(f"{name} must be {allowed}, got {getattr(self, name)!r}")
 
     @property
-    def reads_history(self) -> bool:
-        """Whether the next token's logits depend on earlier tokens beyond the model itself."""
-        return (
-            self.repetition_penalty != 1
-            or self.presence_penalty != 0
-            or self.frequency_penalty != 0
-            or bool(self.processor)
-        )
-
-    @property
     def plain_greedy(self) -> bool:
         """Whether the token is just the argmax of the model's logits."""
-        return self.temperature == 0 and not (self.reads_history or self.logit_bias or self.min_new_tokens)
+        penalised = self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+        changed = penalised or self.logit_bias or self.min_new_tokens or self.processor is not None
+        return self.temperature == 0 and not changed
 
 
 def uniform_noise(seed: int, sample: int, position: int) -> float:

@@ -249,7 +249,6 @@ def configure(raw: Mapping[str, Any], *, bytes_per_value: int = 4) -> tuple[Deco
         position_offset=family.position_offset,
         parallel_residual=bool(family.parallel_residual),
         sliding_window=_sliding_window(hf),
-        bos_token_id=hf.bos_token_id,
         eos_token_ids=() if eos is None else (eos,) if isinstance(eos, int) else tuple(eos),
     )
     return config, family

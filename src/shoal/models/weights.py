@@ -46,8 +46,6 @@ class DecoderConfig:
     """Whether attention and MLP both read the layer's input (GPT-NeoX) instead of one after the other."""
     sliding_window: int | None = None
     """Longest request that full attention serves exactly; longer ones are refused."""
-    bos_token_id: int | None = None
-    """Put before a prompt by some tokenizers."""
     eos_token_ids: tuple[int, ...] = ()
     """Tokens that end a completion."""
 
