@@ -54,8 +54,13 @@ def test_malformed_file(tmp_path: Path, text: str, message: str) -> None:
     [({}, 40, 2), ({"horizon": 7}, 7, 2), ({"warmup_layers": 0}, 40, 0), ({"horizon": 1, "warmup_layers": 1}, 1, 1)],
 )
 def test_fills_only_open_fields(given: dict[str, Any], horizon: int, warmup_layers: int) -> None:
-    filled = TunedDepth(horizon=40, warmup_layers=2).fill(SkipDecode(depth=0.5, clock="column", **given))
-    assert filled == SkipDecode(depth=0.5, clock="column", horizon=horizon, warmup_layers=warmup_layers)
+    filled = TunedDepth(horizon=40, warmup_layers=2).fill(SkipDecode(depth=0.5, **given))
+    assert filled == SkipDecode(depth=0.5, horizon=horizon, warmup_layers=warmup_layers)
+
+
+def test_a_horizon_in_generated_tokens_says_nothing_of_columns() -> None:
+    filled = TunedDepth(horizon=40, warmup_layers=2).fill(SkipDecode(depth=0.5, clock="column"))
+    assert filled == SkipDecode(depth=0.5, clock="column", horizon=None, warmup_layers=2)
 
 
 def test_horizon_is_the_median_length() -> None:
