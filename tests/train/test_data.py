@@ -47,8 +47,10 @@ GOOD = {"prompt": "a b", "completion": "c"}
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        ("{", "line 3: not JSON"),
-        ("[1]", "line 3: expected an object"),
+        ("{", "line 3: not valid JSON"),
+        (r'{"prompt": "a", "completion": "\ud800"}', "line 3: .* half of a character"),
+        ("[" * 100_000, "line 3: nested too deeply"),
+        ("[1]", "line 3: expected a JSON object"),
         ('{"prompt": "a"}', "line 3: field 'completion' is missing"),
         ('{"prompt": "a", "completion": ""}', "line 3: 'completion' must be a non-empty string"),
         ('{"prompt": 3, "completion": "b"}', "line 3: 'prompt' must be a non-empty string"),

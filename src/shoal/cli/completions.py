@@ -80,7 +80,7 @@ class CompletionsFile:
             try:
                 record = json.loads(line)
                 ours = record["index"] == index and record.get("sample", 0) == sample
-            except (ValueError, TypeError, KeyError, AttributeError):
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
                 ours = False
             if not ours or index >= len(self._prompts):
                 raise InvalidInput(

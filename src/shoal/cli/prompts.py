@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from shoal.errors import InvalidInput, InvalidPrompt, nearest
+from shoal.jsonl import parse_jsonl
 
 Format = Literal["jsonl", "csv", "text"]
 SUFFIXES: dict[str, Format] = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".txt": "text"}
@@ -38,7 +38,7 @@ def read_prompts(path: str, *, format: Format | None = None, column: str | None 
         format: None takes it from the suffix (`-` is text).
         column: field or column that holds the prompt. None: `prompt`, or the only column of a CSV file.
 
-    Raises `InvalidInput` where the file cannot be read and `InvalidPrompt`, with its number, for a bad line.
+    Raises `InvalidInput` where the file or, with its number, a line cannot be read, `InvalidPrompt` where a line has no prompt.
     """
     name = "standard input" if path == "-" else path
     text = _read_text(path, name)
@@ -81,17 +81,8 @@ def _format_of(path: str) -> Format:
 
 def _jsonl(text: str, name: str, column: str | None) -> Iterator[PromptLine]:
     column = column or "prompt"
-    # Not `splitlines`: JSON strings may hold U+2028 and its like, which end no line of JSONL.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
+    for number, fields in parse_jsonl(text, name):
         where = f"{name}, line {number}"
-        try:
-            fields = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InvalidPrompt(f"{where}: not valid JSON: {error.msg} at column {error.colno}") from None
-        if not isinstance(fields, dict):
-            raise InvalidPrompt(f"{where}: expected a JSON object with a field {column!r}, got {line.strip()[:40]!r}")
         if TOKEN_FIELD in fields:
             yield PromptLine(number, _token_ids(fields[TOKEN_FIELD], where), fields)
         elif column in fields:

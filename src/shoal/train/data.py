@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from shoal.errors import InvalidInput, nearest
+from shoal.jsonl import parse_jsonl
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,22 +43,13 @@ def read_jsonl(path: Path) -> list[tuple[int, str, str]]:
     Raises `InvalidInput` naming the line for anything else than an object with two non-empty strings `prompt`, `completion`.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise InvalidInput(f"{path}: no such file") from None
     except (UnicodeDecodeError, IsADirectoryError) as error:
         raise InvalidInput(f"{path} is not a UTF-8 text file: {error}") from error
     rows = []
-    # Not `splitlines`: it also splits at separators that JSON allows within a string.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InvalidInput(f"{path}, line {number}: not JSON ({error})") from error
-        if not isinstance(row, dict):
-            raise InvalidInput(f"{path}, line {number}: expected an object with 'prompt' and 'completion'")
+    for number, row in parse_jsonl(text, str(path)):
         for field in FIELDS:
             if field not in row:
                 hint = f"; the line has {', '.join(map(repr, row)) or 'none'}"
