@@ -73,6 +73,10 @@ def test_an_existing_file_is_not_overwritten(tmp_path: Path) -> None:
         ('{"index": 1, "prompt": "bé", "id": 1}\n', "line 1: expected the completion of prompt 0"),
         ('{"index": 0, "prompt": "z", "id": 0}\n', "answers another prompt than line 1"),
         ('{"index": 0, "prompt": "a", "id": 0, "sample": 1}\n', "expected the completion of prompt 0"),
+        ("precious", "line 1: expected the completion of prompt 0"),
+        ('{"index": 10, "prompt', "line 1: expected the completion of prompt 0"),
+        ('{"index": 0, "prompt": "a", "id": 0}\nprecious', "line 2: expected the completion of prompt 1"),
+        ('{"index": 0, "prompt": "a", "id": 0}\n{"index": 0,', "line 2: expected the completion of prompt 1"),
     ],
 )
 def test_resume_refuses_a_file_of_other_prompts(tmp_path: Path, content: str, message: str) -> None:

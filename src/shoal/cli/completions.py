@@ -70,24 +70,26 @@ class CompletionsFile:
             raise
 
     def _continue(self, path: str) -> None:
-        """Count the prompts that the file holds whole and cut off what follows: a torn line, or part of n samples."""
+        """Count the prompts that the file holds whole and cut off what follows: a torn line of ours, or part of n samples."""
         end = offset = 0
         self._file.seek(0)
         for number, line in enumerate(self._file):
-            if not line.endswith(b"\n"):
-                break
             index, sample = divmod(number, self._samples)
+            begin = f'{{"index": {index},'.encode()
+            ours = index < len(self._prompts) and begin.startswith(line[: len(begin)])
+            torn = not line.endswith(b"\n")
             try:
-                record = json.loads(line)
-                ours = record["index"] == index and record.get("sample", 0) == sample
-            except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+                record = json.loads(line) if ours and not torn else {}
+            except (ValueError, RecursionError):
                 ours = False
-            if not ours or index >= len(self._prompts):
+            if not ours or (not torn and record.get("sample", 0) != sample):
                 raise InvalidInput(
                     f"{path}, line {number + 1}: expected the completion of prompt {index}"
                     f"{f', sample {sample}' if self._samples > 1 else ''} of {len(self._prompts)}; "
                     "was this file written for the same prompts and options?"
                 )
+            if torn:
+                break
             if any(record.get(name) != value for name, value in echoed(self._prompts[index]).items()):
                 raise InvalidInput(
                     f"{path}, line {number + 1} answers another prompt than line {self._prompts[index].line} of the "
