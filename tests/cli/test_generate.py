@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -81,9 +82,10 @@ def test_sampling_options_reach_the_engine(checkpoint: Path, prompts: Path, tmp_
     assert result.exit_code == 0, result.output
     sampling = Sampling(
         max_new_tokens=10, min_new_tokens=2, temperature=0.8, top_k=50, top_p=0.9, min_p=0.01, repetition_penalty=1.1,
-        presence_penalty=0.1, frequency_penalty=0.1, stop=("zq",), seed=3, n=2, logprobs=2, ignore_eos=True,
+        presence_penalty=0.1, frequency_penalty=0.1, stop=("zq",), n=2, logprobs=2, ignore_eos=True,
     )  # fmt: skip
-    expected = Engine.from_pretrained(checkpoint).generate(PROMPTS, sampling)
+    seeds = [replace(sampling, seed=3 + n) for n in range(len(PROMPTS))]
+    expected = Engine.from_pretrained(checkpoint).generate(PROMPTS, seeds)
     lines = read(out)
     assert [(line["index"], line["sample"]) for line in lines] == [
         (n, s) for n in range(len(PROMPTS)) for s in range(2)
@@ -93,6 +95,18 @@ def test_sampling_options_reach_the_engine(checkpoint: Path, prompts: Path, tmp_
     assert expected[0].logprobs is not None
     assert first["logprob"] == pytest.approx(expected[0].logprobs[0].logprob, abs=1e-4)
     assert len(first["top"]) == 2
+
+
+def test_equal_prompts_draw_noise_of_their_own(checkpoint: Path) -> None:
+    """The last seed there is, so that the second prompt's is the first one."""
+    flags = ("--max-new-tokens", 8, "--ignore-eos", "--temperature", 1, "--token-ids", "--seed", 2**64 - 1)
+    result = shoal(checkpoint, "-", "-o", "-", *flags, input="same\nsame\n")
+    assert result.exit_code == 0, result.output
+    first, second = (json.loads(line)["token_ids"] for line in result.stdout.splitlines())
+    assert first != second
+    sampling = Sampling(max_new_tokens=8, ignore_eos=True, temperature=1, seed=0)
+    (alone,) = Engine.from_pretrained(checkpoint).generate("same", sampling)
+    assert second == list(alone.token_ids)
 
 
 def test_depth_options_reach_the_plan(checkpoint: Path, prompts: Path, tmp_path: Path) -> None:
@@ -213,11 +227,12 @@ def test_bad_files_get_a_message(checkpoint: Path, prompts: Path, tmp_path: Path
 
 def test_a_bad_prompt_is_named_by_its_line_before_anything_runs(checkpoint: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("short\n" + "long " * 60 + "\n")
+    prompts.write_text("short\n" + ("long " * 60 + "\n") * 3)
     out = tmp_path / "out.jsonl"
     result = shoal(checkpoint, prompts, "-o", out)
     assert result.exit_code == 2
     assert "line 2: " in result.stderr
+    assert "prompts refused besides: 2" in result.stderr
     assert not out.read_bytes()
 
 

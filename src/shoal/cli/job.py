@@ -32,15 +32,22 @@ def run_prompts(
 ) -> RunCost:
     """Complete `prompts[first:]`; `on_finish` gets each completion as it ends, in any order.
 
+    Prompt i has the seed `sampling.seed + i`: with one seed for all, equal prompts would have equal completions.
     All prompts are checked before anything runs: raises the engine's error with the prompt's line number.
     """
+    refused: list[tuple[int, ShoalError]] = []
     for index, line in enumerate(prompts[first:], start=first):
+        its_own = replace(sampling, seed=(sampling.seed + index) % 2**64)
         try:
-            engine.add(line.prompt, sampling, policy, index=index, timeout_s=timeout_s, streaming=False)
+            engine.add(line.prompt, its_own, policy, index=index, timeout_s=timeout_s, streaming=False)
         except InvalidPlan:
             raise
         except ShoalError as error:
-            raise type(error)(f"line {line.line}: {error}") from error
+            refused.append((line.line, error))
+    if refused:
+        number, error = refused[0]
+        more = f" (prompts refused besides: {len(refused) - 1})" if len(refused) > 1 else ""
+        raise type(error)(f"line {number}: {error}{more}") from error
     run = RunCost()
     engine.stats.reset()
     new_tokens, began = 0, time.perf_counter()
