@@ -63,7 +63,7 @@ class NoDecoder:
                 assert position < cache.max_positions
         logits = torch.zeros(len(work.logit_tokens), VOCAB)
         for row, token in enumerate(work.token_ids[work.logit_tokens].tolist()):
-            logits[row, EOS if self.rng.random() < 0.1 else self.rng.randrange(POISON)] = 1
+            logits[row, EOS if self.rng.random() < 0.03 else self.rng.randrange(POISON)] = 1
             if token == POISON:
                 logits[row] = torch.nan
         return logits
@@ -115,12 +115,9 @@ class Bookkeeping(RuleBasedStateMachine):
         prompt_tokens=st.integers(1, 40),
         max_new_tokens=st.integers(1, 40),
         timeout_s=st.none() | st.integers(1, 30),
-        poisoned=st.sampled_from([False, False, False, True]),
-        reduced=st.booleans(),
+        poisoned=st.sampled_from([False] * 7 + [True]),
     )
-    def submit(
-        self, prompt_tokens: int, max_new_tokens: int, timeout_s: int | None, poisoned: bool, reduced: bool
-    ) -> None:
+    def submit(self, prompt_tokens: int, max_new_tokens: int, timeout_s: int | None, poisoned: bool) -> None:
         plan = random_plan(self.rng, NUM_LAYERS, prompt_tokens=prompt_tokens, max_new_tokens=max_new_tokens)
         prompt = [0] * (prompt_tokens - 1) + [POISON if poisoned else 1]
         needed = plan.cost(SHAPE, prompt_tokens=prompt_tokens, new_tokens=max_new_tokens).peak_cache_blocks
@@ -162,6 +159,7 @@ class Bookkeeping(RuleBasedStateMachine):
                 assert chunk.request_id not in self.ended, "ended twice"
                 self.ended[chunk.request_id] = chunk.generation
         self.watch_admission()
+        self.books_add_up()
         if self.engine.runner.slots.running:
             assert len(self.decoder.num_tokens) == passes + 1, "requests run, but no pass did"
         if len(self.decoder.num_tokens) > passes:
@@ -221,6 +219,6 @@ class Bookkeeping(RuleBasedStateMachine):
 
 
 Bookkeeping.TestCase.settings = settings(
-    max_examples=40, stateful_step_count=30, derandomize=True, deadline=None, database=None
+    max_examples=50, stateful_step_count=40, derandomize=True, deadline=None, database=None
 )
 TestBookkeeping = Bookkeeping.TestCase
