@@ -156,6 +156,19 @@ def test_compare_dense_prints_a_speedup(checkpoint: Path, prompts: Path) -> None
     assert len(result.stdout.splitlines()) == len(PROMPTS)
 
 
+def test_a_run_that_timed_out_is_unfinished_and_resumes(checkpoint: Path, prompts: Path, tmp_path: Path) -> None:
+    """Time is up before the first pass: nothing is done, and nothing counts as done."""
+    out, whole = tmp_path / "out.jsonl", tmp_path / "whole.jsonl"
+    result = shoal(checkpoint, prompts, "-o", out, "--max-new-tokens", 4, "--timeout-s", 1e-9)
+    assert result.exit_code == 1, result.output
+    assert f"Timed out: 0 of 6 prompts are in {out}" in result.stderr
+    assert "--resume" in result.stderr
+    assert not out.read_bytes()
+    assert shoal(checkpoint, prompts, "-o", out, "--max-new-tokens", 4, "--resume").exit_code == 0
+    assert shoal(checkpoint, prompts, "-o", whole, "--max-new-tokens", 4).exit_code == 0
+    assert out.read_bytes() == whole.read_bytes()
+
+
 def test_a_request_that_fails_alone_is_a_line_with_an_error(tmp_path: Path) -> None:
     """The embedding of `Z` is NaN; the head is separate, so only prompts with a Z are spoilt."""
     model = tiny_model("opt", tie_word_embeddings=False)

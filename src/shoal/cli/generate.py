@@ -43,7 +43,7 @@ def generate(
     compare_dense: Annotated[
         bool, typer.Option("--compare-dense", help="Run every layer as well, and compare wall clock.")
     ] = False,
-    timeout_s: Annotated[float | None, typer.Option(help="Seconds after which what is unfinished ends.")] = None,
+    timeout_s: Annotated[float | None, typer.Option(help="Seconds after which it stops; --resume goes on.")] = None,
     depth: options.Depth = None,
     min_layers: options.MinLayers = None,
     max_layers: options.MaxLayers = None,
@@ -136,24 +136,33 @@ def generate(
         if first:
             console.print(f"{first} of {len(lines)} prompts are done already", highlight=False)
         run_todo = partial(run_prompts, engine, lines, sampling, first=first, timeout_s=timeout_s, console=console)
+
+        def write(done: Generation) -> None:
+            if done.finish_reason != "timeout":
+                completions.add(done.index, done.sample, record(done, token_ids=token_ids))
+
         try:
-            run = run_todo(
-                policy,
-                label="generating",
-                on_finish=lambda done: completions.add(done.index, done.sample, record(done, token_ids=token_ids)),
-            )
-            dense = run_todo(Dense(), label="every layer") if compare_dense else None
+            run = run_todo(policy, label="generating", on_finish=write)
+            timed_out = completions.num_written < len(lines)
+            dense = run_todo(Dense(), label="every layer") if compare_dense and not timed_out else None
         except KeyboardInterrupt:
-            message = f"Interrupted: {completions.num_written} of {len(lines)} prompts are in {out}."
-            if out != "-":
-                command = [argument for argument in sys.argv[1:] if argument != "--resume"]
-                message += f"\nContinue with: shoal {shlex.join(command)} --resume"
-            console.print(Text(message), soft_wrap=True)
+            console.print(how_far("Interrupted", completions.num_written, len(lines), out), soft_wrap=True)
             raise typer.Exit(130) from None
     if run.num_requests:
         report(console, run, dense)
-    if run.num_failed:
+    if timed_out:
+        console.print(how_far("Timed out", completions.num_written, len(lines), out), soft_wrap=True)
+    if run.num_failed or timed_out:
         raise typer.Exit(1)
+
+
+def how_far(why: str, num_written: int, num_prompts: int, out: str) -> Text:
+    """What there is after a run that ended early, and the command that continues it."""
+    message = f"{why}: {num_written} of {num_prompts} prompts are in {out}."
+    if out != "-":
+        command = [argument for argument in sys.argv[1:] if argument != "--resume"]
+        message += f"\nContinue with: shoal {shlex.join(command)} --resume"
+    return Text(message)
 
 
 def record(done: Generation, *, token_ids: bool) -> dict[str, Any]:

@@ -68,7 +68,7 @@ def savings_table(run: RunCost, dense: RunCost | None = None) -> Table:
         table.add_row(*cells)
 
     passes = max(1, ledger.decode_passes)
-    consumed = ledger.prompt_tokens + ledger.decode_passes
+    consumed = max(1, ledger.prompt_tokens + ledger.decode_passes)
     dense_layer_tokens = ledger.dense_prompt_layer_tokens + ledger.dense_decode_layer_tokens
     row(
         "mean layers",
