@@ -87,6 +87,23 @@ def test_resume_refuses_a_file_of_other_prompts(tmp_path: Path, content: str, me
     assert path.read_text() == content
 
 
+def test_resume_refuses_other_settings_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    with CompletionsFile(str(path), PROMPTS, settings={"model": "m", "depth": 0.5}) as out:
+        out.add(0, 0, {})
+    content = path.read_text()
+    for settings, message in [
+        ({"model": "n", "depth": 0.5}, 'another model: "m" there, "n" now'),
+        ({"model": "m"}, 'another depth: 0.5 there, "the default" now'),
+        ({"model": "m", "depth": 0.5, "seed": 1}, 'another seed: "the default" there, 1 now'),
+    ]:
+        with pytest.raises(InvalidInput, match=message):
+            CompletionsFile(str(path), PROMPTS, settings=settings, resume=True)
+    assert path.read_text() == content
+    with CompletionsFile(str(path), PROMPTS, settings={"depth": 0.5, "model": "m"}, resume=True) as out:
+        assert out.num_written == 1
+
+
 def test_resume_refuses_a_file_of_more_prompts(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
     with CompletionsFile(str(path), PROMPTS) as out:

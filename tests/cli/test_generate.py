@@ -124,13 +124,20 @@ def test_depth_options_reach_the_plan(checkpoint: Path, prompts: Path, tmp_path:
         assert line["usage"]["layer_tokens"] == layer_tokens
         assert line["past_horizon"]
     assert "6 of 6 completions ran on past the horizon" in result.stderr
+    assert read(out)[0]["settings"] == {
+        "model": str(checkpoint), "min_layers": 3, "max_layers": 5, "horizon": 6, "warmup_layers": 2,
+        "prompt_layers": "max_layers", "max_new_tokens": 10, "ignore_eos": True,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("name", "content"),
     [
         ("lengths.txt", "3\n5\n9\n"),
-        ("completions.jsonl", '{"completion": "abcd"}\n{"completion": "ab"}\n{"completion": "abcdefgh"}\n'),
+        (
+            "completions.jsonl",
+            '{"completion": "abcd"}\n{"completion": "ab"}\n{"prompt_token_ids": [3], "completion": "abcdefgh"}\n',
+        ),
     ],
 )
 def test_horizon_is_the_median_of_expected_lengths(
@@ -153,6 +160,7 @@ def test_compare_dense_prints_a_speedup(checkpoint: Path, prompts: Path) -> None
     result = shoal(checkpoint, prompts, "-o", "-", "--depth", "1/2", "--max-new-tokens", 4, "--compare-dense")
     assert result.exit_code == 0, result.output
     assert "Speedup over every layer" in result.stderr
+    assert "one run of each, not repeated" in result.stderr
     assert len(result.stdout.splitlines()) == len(PROMPTS)
 
 
@@ -202,6 +210,7 @@ def test_a_request_that_fails_alone_is_a_line_with_an_error(tmp_path: Path) -> N
         (["--cache-gib", "0.00001"], "line 1: "),
         (["--horizon-from", "lengths.txt"], "--horizon-from goes with --depth"),
         (["--depth", "1/2", "--horizon-from", "lengths.txt"], "no such prompts file"),
+        (["--compare-dense"], "--compare-dense compares a plan with every layer"),
         (["--horizon", "20"], "--horizon, --warmup-layers, --clock and --prompt-layers shape a plan"),
         (["--temprature", "1"], "--temperature"),
         (["--format", "xml"], "jsonl"),
@@ -236,6 +245,29 @@ def test_bad_files_get_a_message(checkpoint: Path, prompts: Path, tmp_path: Path
         result = shoal(*arguments)
         assert result.exit_code == 2, result.output
         assert message in result.stderr
+
+
+def test_a_bad_file_of_lengths_is_refused_before_the_model_loads(prompts: Path, tmp_path: Path) -> None:
+    for name, content, message in [
+        ("lengths.txt", "12\nmany\n", "line 2: expected a length in tokens"),
+        ("lengths.txt", "0\n", "each 1 token or more"),
+        ("completions.jsonl", '{"prompt_token_ids": [3]}\n', "line 1: no field 'completion'"),
+        ("completions.jsonl", '{"completion": \n', "line 1: not valid JSON"),
+    ]:
+        (tmp_path / name).write_text(content)
+        result = shoal(
+            tmp_path / "none", prompts, "-o", tmp_path / "out", "--depth", "1/2", "--horizon-from", tmp_path / name
+        )
+        assert result.exit_code == 2, result.output
+        assert message in result.stderr
+
+
+def test_resume_with_another_depth_is_refused(checkpoint: Path, prompts: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    assert shoal(checkpoint, prompts, "-o", out, "--max-new-tokens", 2, "--depth", "1/2").exit_code == 0
+    result = shoal(checkpoint, prompts, "-o", out, "--max-new-tokens", 2, "--depth", "2/3", "--resume")
+    assert result.exit_code == 2, result.output
+    assert "another depth: 0.5 there, 0.6666666666666666 now" in result.stderr
 
 
 def test_a_bad_prompt_is_named_by_its_line_before_anything_runs(checkpoint: Path, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from shoal.errors import InvalidInput
 
 OWN_FIELDS = {
     "index", "sample", "completion", "token_ids", "logprobs", "finish_reason", "past_horizon", "error", "usage",
+    "settings",
 }  # fmt: skip
 
 
@@ -41,11 +42,21 @@ class CompletionsFile:
     num_written: int
     """Prompts whose lines are in the file."""
 
-    def __init__(self, path: str, prompts: Sequence[PromptLine], *, samples: int = 1, resume: bool = False) -> None:
-        """Open `path` for the completions of `prompts`, `samples` of each.
+    def __init__(
+        self,
+        path: str,
+        prompts: Sequence[PromptLine],
+        *,
+        samples: int = 1,
+        settings: dict[str, Any] | None = None,
+        resume: bool = False,
+    ) -> None:
+        """Open `path` for the completions of `prompts`, `samples` of each, made with `settings` (as they come out of JSON).
 
-        Raises `InvalidInput` if the file holds anything and `resume` is False, or if its lines are not those of `prompts`.
+        Raises `InvalidInput` if the file holds anything and `resume` is False, or if its lines are not those of `prompts` or
+        were made with other settings.
         """
+        self._settings = settings or {}
         self._prompts = prompts
         self._samples = samples
         self._waiting: dict[int, dict[int, dict[str, Any]]] = {}
@@ -95,6 +106,14 @@ class CompletionsFile:
                     f"{path}, line {number + 1} answers another prompt than line {self._prompts[index].line} of the "
                     "prompts file: resume with the prompts that the file was started with"
                 )
+            before = record.get("settings") or {}
+            changed = [name for name in {**before, **self._settings} if before.get(name) != self._settings.get(name)]
+            if changed:
+                was, now = (json.dumps(of.get(changed[0], "the default")) for of in (before, self._settings))
+                raise InvalidInput(
+                    f"{path}, line {number + 1} was made with another {changed[0]}: {was} there, {now} now; "
+                    "resume with the settings that the file was started with"
+                )
             offset += len(line)
             if sample == self._samples - 1:
                 end = offset
@@ -109,8 +128,9 @@ class CompletionsFile:
             records = self._waiting.pop(self.num_written)
             start: dict[str, Any] = {"index": self.num_written}
             fields = echoed(self._prompts[self.num_written])
+            made = {"settings": self._settings}
             lines = [
-                {**start, **({"sample": n} if self._samples > 1 else {}), **fields, **records[n]}
+                {**start, **({"sample": n} if self._samples > 1 else {}), **fields, **records[n], **made}
                 for n in sorted(records)
             ]
             # One write of whole lines: what an interrupt or a kill leaves behind is at worst one torn line at the end.

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
-from dataclasses import replace
+from dataclasses import MISSING, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 from rich.console import Console
@@ -21,12 +22,13 @@ from shoal.cli.options import option
 from shoal.cli.prompts import Format, read_prompts
 from shoal.cli.savings import RunCost, savings_table
 from shoal.depth.checkpoint import fit_horizon
-from shoal.depth.plan import Dense
+from shoal.depth.plan import Dense, DepthPolicy
 from shoal.depth.skipdecode import SkipDecode
 from shoal.engine.engine import Engine
 from shoal.engine.request import Generation
 from shoal.engine.sampling import Sampling
 from shoal.errors import InvalidInput
+from shoal.models.checkpoint import load_tokenizer
 
 
 def generate(
@@ -41,7 +43,7 @@ def generate(
     ] = None,
     token_ids: Annotated[bool, typer.Option("--token-ids", help="Write the tokens of each completion.")] = False,
     compare_dense: Annotated[
-        bool, typer.Option("--compare-dense", help="Run every layer as well, and compare wall clock.")
+        bool, typer.Option("--compare-dense", help="Then run every layer as well, and compare wall clock.")
     ] = False,
     timeout_s: Annotated[float | None, typer.Option(help="Seconds after which it stops; --resume goes on.")] = None,
     depth: options.Depth = None,
@@ -100,8 +102,13 @@ def generate(
     )
     if horizon_from is not None and (horizon is not None or not isinstance(policy, SkipDecode)):
         raise InvalidInput("--horizon-from goes with --depth or bounds, and instead of --horizon")
+    if compare_dense and not isinstance(policy, SkipDecode):
+        raise InvalidInput("--compare-dense compares a plan with every layer: give it a depth with --depth, or bounds")
     lines = read_prompts(prompts, format=format, column=prompt_column)
     console = Console(stderr=True)
+    if horizon_from is not None and isinstance(policy, SkipDecode):
+        policy = replace(policy, horizon=fit_horizon(read_lengths(horizon_from, model, revision=revision, token=token)))
+        console.print(Text(f"horizon {policy.horizon}, the median length in {horizon_from}"))
     sampling = Sampling(
         max_new_tokens=max_new_tokens,
         min_new_tokens=min_new_tokens,
@@ -118,7 +125,8 @@ def generate(
         n=n,
         logprobs=logprobs,
     )
-    with CompletionsFile(out, lines, samples=n, resume=resume) as completions:
+    settings = settings_of(policy, sampling, model=model, revision=revision, dtype=dtype, token_ids=token_ids)
+    with CompletionsFile(out, lines, samples=n, settings=settings, resume=resume) as completions:
         engine = Engine.from_pretrained(
             model,
             dtype=dtype,
@@ -129,9 +137,6 @@ def generate(
             max_batch=max_batch,
             cache_gib=cache_gib,
         )
-        if horizon_from is not None and isinstance(policy, SkipDecode):
-            policy = replace(policy, horizon=fit_horizon(read_lengths(horizon_from, engine.tokenizer)))
-            console.print(Text(f"horizon {policy.horizon}, the median length in {horizon_from}"))
         first = completions.num_written
         if first:
             console.print(f"{first} of {len(lines)} prompts are done already", highlight=False)
@@ -142,6 +147,10 @@ def generate(
                 completions.add(done.index, done.sample, record(done, token_ids=token_ids))
 
         try:
+            if compare_dense:  # the first passes of a process are slow, whatever the plan
+                short = replace(sampling, max_new_tokens=min(max_new_tokens, 8), min_new_tokens=0, n=1)
+                few = lines[: first + max_batch]
+                run_prompts(engine, few, short, policy, first=first, console=console, label="warming up")
             run = run_todo(policy, label="generating", on_finish=write)
             timed_out = completions.num_written < len(lines)
             dense = run_todo(Dense(), label="every layer") if compare_dense and not timed_out else None
@@ -154,6 +163,26 @@ def generate(
         console.print(how_far("Timed out", completions.num_written, len(lines), out), soft_wrap=True)
     if run.num_failed or timed_out:
         raise typer.Exit(1)
+
+
+def settings_of(
+    policy: DepthPolicy, sampling: Sampling, *, model: str, revision: str | None, dtype: str, token_ids: bool
+) -> dict[str, Any]:
+    """What decides the completions, where it is not the default, as it comes out of JSON."""
+    settings: dict[str, Any] = {"model": model}
+    if revision is not None:
+        settings["revision"] = revision
+    if dtype != "auto":
+        settings["dtype"] = dtype
+    if token_ids:
+        settings["token_ids"] = True
+    for options_of in (policy, sampling) if isinstance(policy, SkipDecode) else (sampling,):
+        for field in fields(options_of):
+            value = getattr(options_of, field.name)
+            if field.default is not MISSING and value != field.default:
+                # A line has a field `prompt` already.
+                settings["prompt_layers" if field.name == "prompt" else field.name] = value
+    return cast(dict[str, Any], json.loads(json.dumps(settings)))
 
 
 def how_far(why: str, num_written: int, num_prompts: int, out: str) -> Text:
@@ -206,7 +235,8 @@ def report(console: Console, run: RunCost, dense: RunCost | None) -> None:
     if dense is not None and run.stats.decode_s:
         console.print(
             f"Speedup over every layer, per token: {dense.decode_s_per_token / run.decode_s_per_token:.2f}x decode, "
-            f"{dense.total_s_per_token / run.total_s_per_token:.2f}x whole request.",
+            f"{dense.total_s_per_token / run.total_s_per_token:.2f}x whole request (one run of each, not repeated: "
+            "on a busy machine, or with few prompts, another pair of runs may say something else).",
             highlight=False,
         )
     if run.num_past_horizon:
@@ -221,18 +251,24 @@ def report(console: Console, run: RunCost, dense: RunCost | None) -> None:
         )
 
 
-def read_lengths(path: Path, tokenizer: Any) -> list[int]:
-    """Expected completion lengths in tokens: JSONL with `completion` is tokenised, otherwise a number per line.
+def read_lengths(path: Path, model: str, *, revision: str | None, token: str | None) -> list[int]:
+    """Expected completion lengths in tokens: JSONL with `completion` is tokenised as `model` does, otherwise a number per line.
 
     Raises `InvalidInput` naming the line.
     """
     if path.suffix in (".jsonl", ".ndjson"):
+        texts = []
+        for line in read_prompts(str(path), column="completion"):
+            texts.append(line.fields.get("completion"))
+            if not isinstance(texts[-1], str):  # a line with `prompt_token_ids` needs no other field to be a prompt
+                raise InvalidInput(f"{path}, line {line.line}: no field 'completion' that holds text")
+        tokenizer = load_tokenizer(model, revision=revision, token=token)
         # The token that ends a completion counts.
-        texts = [line.prompt for line in read_prompts(str(path), column="completion")]
         return [len(tokenizer.encode(text, add_special_tokens=False)) + 1 for text in texts]
     lengths = []
     for line in read_prompts(str(path), format="text"):
-        if not str(line.prompt).strip().isdecimal():
-            raise InvalidInput(f"{path}, line {line.line}: expected a length in tokens, got {line.prompt!r}")
-        lengths.append(int(str(line.prompt)))
+        try:
+            lengths.append(int(str(line.prompt)))
+        except ValueError:
+            raise InvalidInput(f"{path}, line {line.line}: expected a length in tokens, got {line.prompt!r}") from None
     return lengths

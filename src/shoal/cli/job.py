@@ -45,9 +45,9 @@ def run_prompts(
         except ShoalError as error:
             refused.append((line.line, error))
     if refused:
-        number, error = refused[0]
+        number, refusal = refused[0]
         more = f" (prompts refused besides: {len(refused) - 1})" if len(refused) > 1 else ""
-        raise type(error)(f"line {number}: {error}{more}") from error
+        raise type(refusal)(f"line {number}: {refusal}{more}") from refusal
     run = RunCost()
     engine.stats.reset()
     new_tokens, began = 0, time.perf_counter()
