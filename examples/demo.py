@@ -28,7 +28,7 @@ from matplotlib import pyplot as plt
 
 DEPTHS = (Fraction(1), Fraction(1, 2), Fraction(1, 3), Fraction(1, 5))
 COLORS = ("#0b3c5d", "#1f77a4", "#3fa796", "#e08e0b")
-ROUNDS = 5
+ROUNDS = 3
 COPIES = 5
 
 PROMPTS = (
