@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import fnmatch
+import shutil
 from pathlib import Path
+from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -68,6 +72,36 @@ def test_info_of_a_shallow_untuned_model_without_tokenizer(tmp_path: Path) -> No
     assert "has no tokenizer" in shown["tokenizer"]
     assert "shoal tune" in result.stdout
     assert ["1/3", "not", "with", "4", "layers"] in [line.split() for line in result.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("command", ["info", "plan"])
+def test_the_hub_is_not_asked_for_weights(
+    command: str, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hugging Face's cache after its configs were fetched, and no network."""
+    asked: list[list[str]] = []
+    download = huggingface_hub.snapshot_download
+
+    def spy(*arguments: Any, allow_patterns: list[str], **options: Any) -> str:
+        asked.append(allow_patterns)
+        return download(*arguments, allow_patterns=allow_patterns, **options)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", spy)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    commit = "4" * 40
+    repository = tmp_path / "models--someone--tiny"
+    shutil.copytree(checkpoint, repository / "snapshots" / commit, ignore=shutil.ignore_patterns("*.safetensors"))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    result = shoal(command, "someone/tiny")
+    assert result.exit_code == 0, result.output
+    assert asked
+    assert not any(fnmatch.fnmatch("model.safetensors", pattern) for patterns in asked for pattern in patterns)
+    if command == "info":
+        shown = facts(result.stdout)
+        assert shown["parameters"].startswith("about 276 k by config.json")  # as above, without the norms
+        assert shown["dtype"] == "bfloat16"
 
 
 def test_info_of_an_interrupted_download(checkpoint: Path) -> None:

@@ -74,6 +74,8 @@ def test_the_picture_and_the_table_are_printed() -> None:
         (["--layers", "24", "--depth", "1/2", "--min-layers", "9"], "either depth, or"),
         (["--layers", "24", "--dept", "1/2"], "--depth"),
         (["--depth", "1/2"], "either MODEL or --layers"),
+        (["--layers", "24", "--dtype", "bfloat16"], "--dtype and --revision are of a MODEL"),
+        (["--layers", "24", "--revision", "main"], "--dtype and --revision are of a MODEL"),
         (["/no/such/model", "--depth", "1/2"], "/no/such/model"),
     ],
 )

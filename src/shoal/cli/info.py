@@ -16,8 +16,10 @@ from shoal.depth.plan import Dense, DepthPolicy
 from shoal.depth.shape import ModelShape
 from shoal.depth.skipdecode import SkipDecode
 from shoal.errors import CheckpointError, InvalidPlan
-from shoal.models.checkpoint import Checkpoint, load_tokenizer
+from shoal.models.checkpoint import Checkpoint, load_tokenizer, read_sizes
 from shoal.models.directory import resolve
+from shoal.models.families import Family
+from shoal.models.weights import DecoderConfig
 
 DEPTHS = (1, 2, 3, 4, 5)
 """The depths shown are 1 over these."""
@@ -34,26 +36,41 @@ def info(
 ) -> None:
     """Show a checkpoint's sizes, what it was tuned for, and the bytes that a decode step must move at each depth.
 
-    Weights are checked by name and shape, and not read.
+    Weights are checked by name and shape where they are on this machine; they are neither fetched nor read.
 
     shoal info shoal-e2e
 
     shoal info models/opt-1.3b --batch 32 --dtype bfloat16
     """
-    directory = resolve(model, revision=revision, token=token)
-    checkpoint = Checkpoint.open(directory, dtype=dtype)
+    directory = resolve(model, revision=revision, token=token, weights=None)
     tuned = TunedDepth.load(directory)
+    if any(directory.glob("*.safetensors")) or any(directory.glob("*.bin")):
+        checkpoint = Checkpoint.open(directory, dtype=dtype)
+        config, family, stored = checkpoint.config, checkpoint.family, checkpoint.dtype
+        parameters = quantity(checkpoint.check())
+    else:
+        config, family, stored = read_sizes(directory, dtype=dtype)
+        shape = config.shape
+        about = shape.num_layers * shape.layer_weights + shape.head_weights * (1 if family.tied else 2)
+        parameters = f"about {quantity(about)} by config.json; the weights are not on this machine"
+    facts = facts_of(config, family, directory, tuned) | {
+        "parameters": parameters,
+        "dtype": str(stored).removeprefix("torch."),
+    }
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for fact in facts.items():
+        table.add_row(*fact)
     console = Console()
-    console.print(facts_table(checkpoint, directory, tuned))
-    console.print(
-        "\n" + heading(checkpoint.config.shape, tuned, batch=batch, prompt_tokens=prompt_tokens), soft_wrap=True
-    )
-    console.print(depths_table(checkpoint.config.shape, tuned, batch=batch, prompt_tokens=prompt_tokens))
+    console.print(table)
+    console.print("\n" + heading(config.shape, tuned, batch=batch, prompt_tokens=prompt_tokens), soft_wrap=True)
+    console.print(depths_table(config.shape, tuned, batch=batch, prompt_tokens=prompt_tokens))
 
 
-def facts_table(checkpoint: Checkpoint, directory: Path, tuned: TunedDepth | None) -> Table:
-    """Sizes and properties, one per line."""
-    config, shape = checkpoint.config, checkpoint.config.shape
+def facts_of(config: DecoderConfig, family: Family, directory: Path, tuned: TunedDepth | None) -> dict[str, str]:
+    """Sizes and properties by name."""
+    shape = config.shape
     heads = f"{shape.num_heads} heads of {shape.head_dim}"
     if shape.num_kv_heads != shape.num_heads:
         heads += f", {shape.num_kv_heads} for keys and values"
@@ -70,23 +87,16 @@ def facts_table(checkpoint: Checkpoint, directory: Path, tuned: TunedDepth | Non
         tuned_for = f"{tuned.policy} at depth {depths}; horizon {tuned.horizon}, {tuned.warmup_layers} warm-up"
     else:
         tuned_for = "nothing (no depth_plan.json): skipping layers will cost much quality, see `shoal tune`"
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in {
+    return {
         "family": config.family,
         "layers": f"{shape.num_layers} of width {shape.hidden_size}",
         "attention": heads,
         "MLP": f"{shape.intermediate_size}{' gated' if shape.gated_mlp else ''}, {config.activation}",
-        "vocabulary": f"{shape.vocab_size}, head {'tied to the embedding' if checkpoint.family.tied else 'of its own'}",
+        "vocabulary": f"{shape.vocab_size}, head {'tied to the embedding' if family.tied else 'of its own'}",
         "positions": positions,
-        "parameters": quantity(checkpoint.check()),
-        "dtype": str(checkpoint.dtype).removeprefix("torch."),
         "tokenizer": tokens,
         "tuned for": tuned_for,
-    }.items():
-        table.add_row(name, value)
-    return table
+    }
 
 
 def horizon_and_warmup(tuned: TunedDepth | None) -> tuple[int, int]:

@@ -19,6 +19,8 @@ from shoal.depth.plan import Dense, DepthPlan, DepthPolicy
 from shoal.depth.shape import ModelShape
 from shoal.depth.skipdecode import SkipDecode
 from shoal.errors import InvalidInput
+from shoal.models.checkpoint import read_sizes
+from shoal.models.directory import resolve
 
 PARTIAL = "·▏▎▍▌▋▊▉█"
 """A column that stands for several passes is filled from the left, as far as the layer serves them."""
@@ -91,7 +93,8 @@ def cost_table(costs: dict[str, PlanCost], dense: PlanCost, shape: ModelShape | 
 
 def plan(
     model: Annotated[
-        str | None, typer.Argument(metavar="[MODEL]", help="Model whose sizes to use; its weights are not read.")
+        str | None,
+        typer.Argument(metavar="[MODEL]", help="Model whose sizes to use; its weights are neither fetched nor read."),
     ] = None,
     *,
     layers: Annotated[int | None, typer.Option(min=1, help="Instead of MODEL: a number of layers.")] = None,
@@ -127,9 +130,12 @@ def plan(
     )
     if (model is None) == (layers is None):
         raise InvalidInput("give either MODEL or --layers")
+    if model is None and (dtype != "auto" or revision is not None):
+        raise InvalidInput("--dtype and --revision are of a MODEL; with --layers there is none")
     shape: ModelShape | None = None
     if model is not None:
-        shape, tuned = _read_sizes(model, dtype=dtype, revision=revision, token=token)
+        directory = resolve(model, revision=revision, token=token, weights=None)
+        shape, tuned = read_sizes(directory, dtype=dtype)[0].shape, TunedDepth.load(directory)
         if tuned is not None and isinstance(policy, SkipDecode):
             policy = tuned.fill(policy)
     # Costs that layers alone decide do not depend on the widths.
@@ -158,18 +164,3 @@ def plan(
     console = Console()
     console.print(draw_plan(drawn, prompt_tokens=prompt_tokens, new_tokens=new_tokens, width=console.width))
     console.print(cost_table(costs, dense, shape))
-
-
-def _read_sizes(
-    model: str, *, dtype: str, revision: str | None, token: str | None
-) -> tuple[ModelShape, TunedDepth | None]:
-    """Sizes from config.json, and what the checkpoint was tuned for."""
-    from shoal.models.directory import read_config, resolve
-    from shoal.models.families import configure
-
-    directory = resolve(model, revision=revision, token=token)
-    raw = read_config(directory)
-    if dtype == "auto":
-        dtype = str(raw.get("dtype") or raw.get("torch_dtype") or "float32")
-    config, _ = configure(raw, bytes_per_value=4 if dtype == "float32" else 2)
-    return config.shape, TunedDepth.load(directory)

@@ -66,7 +66,7 @@ def load_tokenizer(
     """
     from transformers import AutoTokenizer
 
-    directory = resolve(path_or_hub_id, revision=revision, token=token)
+    directory = resolve(path_or_hub_id, revision=revision, token=token, weights=None)
     if not any((directory / file).is_file() for file in TOKENIZER_FILES):
         raise CheckpointError(
             f"{directory} has no tokenizer: expected one of {', '.join(TOKENIZER_FILES)} (with merges.txt); "
@@ -77,6 +77,17 @@ def load_tokenizer(
     except Exception as error:  # malformed files raise errors of several libraries
         raise CheckpointError(f"the tokenizer in {directory} cannot be read: {error}") from error
     return tokenizer
+
+
+def read_sizes(directory: Path, *, dtype: str = "auto") -> tuple[DecoderConfig, Family, torch.dtype]:
+    """What config.json alone says: canonical config, family, and the dtype of the weights (where it names none, float32).
+
+    Raises as `load_checkpoint` does.
+    """
+    raw = read_config(directory)
+    name = (raw.get("dtype") or raw.get("torch_dtype")) if dtype == "auto" else dtype
+    target = DTYPES.get(str(name), torch.float32)
+    return *configure(raw, bytes_per_value=target.itemsize), target
 
 
 @dataclass(frozen=True, kw_only=True)

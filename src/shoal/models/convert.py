@@ -37,7 +37,7 @@ def convert_checkpoint(
     """
     if destination.exists():
         raise InvalidInput(f"{destination} exists: choose a new directory, nothing is overwritten")
-    directory = resolve(source, revision=revision, token=token, pickles=True)
+    directory = resolve(source, revision=revision, token=token, weights="pickles")
     _, family = configure(read_config(directory))
     files = _pickle_files(directory)
     partial = destination.with_name(f".{destination.name}.partial-{os.getpid()}")

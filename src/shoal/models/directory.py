@@ -5,29 +5,33 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from shoal.errors import CheckpointError, PickledCheckpoint
 
-WANTED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
-"""Files that a checkpoint is read from."""
+WANTED = ("*.json", "*.txt", "*.model", "*.jinja")
+"""Files that a checkpoint is read from, beside its weights."""
+WEIGHTS = {"safetensors": ("*.safetensors",), "pickles": ("*.bin",)}
+"""Files of weights; only `shoal convert` reads pickles."""
 UNWANTED = ("*/*", "consolidated*")
 """Other formats that repositories hold beside them: subfolders, and Mistral's own copy of the weights."""
-PICKLES = ("*.bin",)
-"""Weights that only `shoal convert` reads."""
 SHIPPED = Path(__file__).parent.parent / "data"
 """Models that ship with the package, a directory each; `shoal-e2e` is one."""
 
 
 def resolve(
-    path_or_hub_id: str | Path, *, revision: str | None = None, token: str | None = None, pickles: bool = False
+    path_or_hub_id: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    weights: Literal["safetensors", "pickles"] | None = "safetensors",
 ) -> Path:
     """The directory of a checkpoint: `path_or_hub_id` itself, a model that ships with the package, or the hub's.
 
     In this order. What comes from the hub (`facebook/opt-125m`) is kept in Hugging Face's cache.
 
-    Args: `revision` is a branch, tag or commit; `token` gives access to private and gated repositories; `pickles`
-    fetches pickled weights instead of safetensors.
+    Args: `revision` is a branch, tag or commit; `token` gives access to private and gated repositories; `weights`
+    are what the hub is asked for beside config and tokenizer, None for no weights.
     Raises `CheckpointError` where it is neither a directory nor a repository that can be reached, `PickledCheckpoint`
     where the repository has pickles only.
     """
@@ -43,14 +47,14 @@ def resolve(
         raise CheckpointError(f"no such directory: {name}")
     import huggingface_hub
 
-    wanted = [*WANTED[1:], *PICKLES] if pickles else list(WANTED)
+    wanted = [*(WEIGHTS[weights] if weights else ()), *WANTED]
     try:
         directory = Path(
             huggingface_hub.snapshot_download(
                 name, revision=revision, token=token, allow_patterns=wanted, ignore_patterns=list(UNWANTED)
             )
         )
-        if not pickles and not any(directory.glob("*.safetensors")):
+        if weights == "safetensors" and not any(directory.glob("*.safetensors")):
             files = huggingface_hub.list_repo_files(name, revision=revision, token=token)
             if any(file.endswith(".bin") for file in files):
                 raise PickledCheckpoint(
