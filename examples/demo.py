@@ -19,8 +19,8 @@ from rich.table import Table
 
 from shoal import Dense, Engine, SkipDecode
 from shoal.cli.format import quantity, share
-from shoal.cli.savings import RunCost
 from shoal.depth.plan import DepthPolicy
+from shoal.engine.run_cost import RunCost
 from shoal.models.directory import resolve
 
 matplotlib.use("Agg")

@@ -9,6 +9,7 @@ import random
 import pytest
 from typer.testing import CliRunner
 
+import shoal
 from shoal.cli.main import app
 from shoal.cli.plan import PARTIAL, draw_plan
 from shoal.depth.plan import ALWAYS, DepthPlan
@@ -90,3 +91,9 @@ def test_unknown_command_suggests_the_nearest() -> None:
     result = runner.invoke(app, ["pln"])
     assert result.exit_code == 2
     assert "plan" in result.stderr
+
+
+def test_version_is_that_of_the_package() -> None:
+    result = runner.invoke(app, ["--version"])
+    assert result.exit_code == 0
+    assert result.stdout == f"shoal {shoal.__version__}\n"

@@ -6,8 +6,9 @@ import io
 
 from rich.console import Console
 
-from shoal.cli.savings import RunCost, savings_table
+from shoal.cli.savings import savings_table
 from shoal.engine.ledger import EngineStats, Ledger
+from shoal.engine.run_cost import RunCost
 
 
 def rows(run: RunCost, dense: RunCost | None) -> list[list[str]]:

@@ -20,12 +20,13 @@ from shoal.cli.format import quantity
 from shoal.cli.job import run_prompts
 from shoal.cli.options import option
 from shoal.cli.prompts import Format, read_prompts
-from shoal.cli.savings import RunCost, savings_table
+from shoal.cli.savings import savings_table
 from shoal.depth.checkpoint import fit_horizon
 from shoal.depth.plan import Dense, DepthPolicy
 from shoal.depth.skipdecode import SkipDecode
 from shoal.engine.engine import Engine
 from shoal.engine.request import Generation
+from shoal.engine.run_cost import RunCost
 from shoal.engine.sampling import Sampling
 from shoal.errors import InvalidInput
 from shoal.models.checkpoint import load_tokenizer

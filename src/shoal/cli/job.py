@@ -10,10 +10,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from shoal.cli.prompts import PromptLine
-from shoal.cli.savings import RunCost
 from shoal.depth.plan import DepthPolicy
 from shoal.engine.engine import Engine
 from shoal.engine.request import Generation
+from shoal.engine.run_cost import RunCost
 from shoal.engine.sampling import Sampling
 from shoal.errors import InvalidPlan, ShoalError
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.text import Text
 from typer.core import TyperGroup
 
+from shoal import __version__
 from shoal.cli.convert import convert
 from shoal.cli.generate import generate
 from shoal.cli.info import info
@@ -38,6 +39,24 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Generate with an open-weight language model at a fraction of its depth, and see what was spent.",
 )
+
+
+def show_version(wanted: bool) -> None:
+    """The callback of --version: it comes before the check that there is a command."""
+    if wanted:
+        print(f"shoal {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=show_version, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """What stands before a command."""
+
+
 for command in (generate, plan, info, convert, tune):
     app.command()(command)
 

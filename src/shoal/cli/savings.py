@@ -2,46 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 from rich.table import Table
 
 from shoal.cli.format import quantity, share
-from shoal.engine.ledger import EngineStats, Ledger
-from shoal.engine.request import Generation
-
-
-@dataclass(kw_only=True)
-class RunCost:
-    """What a list of prompts cost under one policy."""
-
-    ledger: Ledger = field(default_factory=Ledger)
-    """The sum over the requests."""
-    stats: EngineStats = field(default_factory=EngineStats)
-    """What they shared."""
-    num_requests: int = 0
-    """Completions that ended, however they ended."""
-    num_failed: int = 0
-    """Those that ended with an error."""
-    num_past_horizon: int = 0
-    """Those that ran on past the horizon of their plan."""
-
-    @property
-    def decode_s_per_token(self) -> float:
-        """Seconds of decode passes per emitted token."""
-        return self.stats.decode_s / max(1, self.ledger.new_tokens)
-
-    @property
-    def total_s_per_token(self) -> float:
-        """Seconds of all passes per emitted token."""
-        return (self.stats.prompt_s + self.stats.decode_s) / max(1, self.ledger.new_tokens)
-
-    def add(self, done: Generation) -> None:
-        """Count one completion."""
-        self.ledger += done.ledger
-        self.num_requests += 1
-        self.num_failed += done.finish_reason == "error"
-        self.num_past_horizon += done.past_horizon
+from shoal.engine.run_cost import RunCost
 
 
 def savings_table(run: RunCost, dense: RunCost | None = None) -> Table:
