@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -13,14 +14,14 @@ import pytest
 import torch
 import transformers
 import typer
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from typer.testing import CliRunner
 
 from shoal.cli.tune import tune as tune_command
 from shoal.depth.checkpoint import TunedDepth
 from shoal.depth.plan import ALWAYS
-from shoal.errors import CheckpointError, InvalidInput, InvalidPlan, MissingExtra
+from shoal.errors import CheckpointError, InvalidInput, InvalidPlan, MissingExtra, PickledCheckpoint
 from shoal.train.tune import TuneConfig, newest_checkpoint, plan_at, plans_for, tune
 
 pytestmark = [
@@ -183,10 +184,31 @@ def test_what_is_refused(start: Path, tmp_path: Path):
         tune(model, data, tmp_path / "out", TuneConfig(depths=(0.2,)))
     with pytest.raises(CheckpointError, match="no such directory"):
         tune(str(tmp_path / "nothing"), data, tmp_path / "out", CONFIG)
-    for wrong in ({"epochs": 0}, {"depths": ()}, {"batch_size": 5, "accumulate": 2}, {"lora_rank": 0}):
+    for wrong in (
+        {"horizon": 0},
+        {"warmup_layers": -1},
+        {"epochs": 0},
+        {"depths": ()},
+        {"batch_size": 5, "accumulate": 2},
+        {"lora_rank": 0},
+    ):
         with pytest.raises(InvalidInput, match=next(reversed(wrong))):
             TuneConfig(**wrong)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_the_engine_would_refuse_is_not_tuned(start: Path, tmp_path: Path):
+    """Pickles, and a tensor that the decoder has no place for; transformers would load both."""
+    data = start / "data.jsonl"
+    pickled = shutil.copytree(start / "model", tmp_path / "pickled")
+    torch.save(weights(pickled), pickled / "pytorch_model.bin")
+    (pickled / "model.safetensors").unlink()
+    with pytest.raises(PickledCheckpoint, match="shoal convert"):
+        tune(str(pickled), data, tmp_path / "out", CONFIG)
+    adapted = shutil.copytree(start / "model", tmp_path / "adapted")
+    save_file({**weights(adapted), "lora_A.weight": torch.zeros(2)}, adapted / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"lora_A\.weight"):
+        tune(str(adapted), data, tmp_path / "out", CONFIG)
 
 
 def test_missing_extras_are_named(start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -25,6 +25,7 @@ from shoal.depth.checkpoint import TunedDepth, fit_horizon
 from shoal.depth.plan import Dense, DepthPlan
 from shoal.depth.skipdecode import SkipDecode
 from shoal.errors import CheckpointError, InvalidInput, MissingExtra
+from shoal.models.checkpoint import Checkpoint, load_tokenizer
 from shoal.models.directory import resolve
 from shoal.train.data import LengthGrouped, collate, prompt_columns, read_examples
 from shoal.train.depth_context import decoder_layers, depth_context
@@ -69,6 +70,10 @@ class TuneConfig:
                 raise InvalidInput(f"{name} must be above 0, got {getattr(self, name)}")
         if self.batch_size % self.accumulate:
             raise InvalidInput(f"batch_size {self.batch_size} must be a multiple of accumulate {self.accumulate}")
+        if self.horizon is not None and self.horizon < 1:
+            raise InvalidInput(f"horizon must be 1 or more tokens, got {self.horizon}")
+        if self.warmup_layers < 0:
+            raise InvalidInput(f"warmup_layers must be 0 or more, got {self.warmup_layers}")
         if self.lora_rank is not None and self.lora_rank < 1:
             raise InvalidInput(f"lora_rank must be 1 or more, got {self.lora_rank}")
 
@@ -172,7 +177,10 @@ def tune(
         raise InvalidInput(f"{output} exists already: choose another output or remove it")
     network, tokenizer = load(model)
     examples = read_examples(data, tokenizer, max_positions=network.config.max_position_embeddings)
-    horizon = config.horizon or fit_horizon(len(e.completion) for e in examples)
+    horizon = fit_horizon(len(e.completion) for e in examples) if config.horizon is None else config.horizon
+    tuned = TunedDepth(
+        horizon=horizon, warmup_layers=config.warmup_layers, depths=tuple(sorted(set(config.depths), reverse=True))
+    )
     plans = plans_for(config.depths, len(decoder_layers(network)), horizon=horizon, warmup_layers=config.warmup_layers)
     state = open_state(output, {"model": model, "data": str(data), **asdict(config)}, resume=resume)
 
@@ -200,9 +208,6 @@ def tune(
     if config.lora_rank:
         trained = trained.merge_and_unload()
     trained.config.use_cache = use_cache  # the Trainer had switched it off
-    tuned = TunedDepth(
-        horizon=horizon, warmup_layers=config.warmup_layers, depths=tuple(sorted(set(config.depths), reverse=True))
-    )
     write_checkpoint(output, trained, tokenizer, tuned)
     shutil.rmtree(state)
     return TuneReport(
@@ -216,14 +221,19 @@ def tune(
 
 
 def load(model: str) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase]:
-    """The causal language model (float32) and tokenizer of a directory or hub id. Raises `CheckpointError`."""
+    """The causal language model (float32) and tokenizer of a directory or hub id. Raises `CheckpointError`.
+
+    What the engine could not run afterwards is refused, pickles among it; no code that comes with a checkpoint runs.
+    """
     directory = resolve(model)
+    Checkpoint.open(directory).check()
     try:
-        network = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+        network = transformers.AutoModelForCausalLM.from_pretrained(
+            directory, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+        )
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"cannot load {model}: {error}") from error
-    return network, tokenizer
+    return network, load_tokenizer(directory)
 
 
 def add_lora(network: nn.Module, rank: int) -> Any:
