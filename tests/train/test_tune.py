@@ -146,6 +146,35 @@ def test_killed_run_resumes_to_the_same_weights(start: Path, tuned: Path, tmp_pa
         torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)
 
 
+def test_two_processes_share_a_batch(start: Path, tmp_path: Path):
+    """As under `accelerate launch`, on CPUs: the same batches, so the weights of one process. Dropout draws per process."""
+    shutil.copytree(start / "model", tmp_path / "model")
+    shutil.copy(start / "data.jsonl", tmp_path)
+    settings = json.loads((tmp_path / "model" / "config.json").read_text(encoding="utf-8"))
+    (tmp_path / "model" / "config.json").write_text(json.dumps(settings | {"dropout": 0.0}), encoding="utf-8")
+    config = replace(CONFIG, epochs=1, batch_size=12)
+    child = tmp_path / "child.py"
+    child.write_text(CHILD, encoding="utf-8")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launch, str(child), str(tmp_path), str(tmp_path / "two"), repr(asdict(config))]
+    subprocess.run(command, check=True, capture_output=True)
+    tune(str(tmp_path / "model"), tmp_path / "data.jsonl", tmp_path / "one", config)
+    expected, found = weights(tmp_path / "one"), weights(tmp_path / "two")
+    for name, value in expected.items():
+        if not name.endswith("k_proj.bias"):  # has no effect on attention, so its gradient is noise
+            torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-5)
+
+
+def test_one_process_on_several_gpus_is_refused(start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(transformers.TrainingArguments, "n_gpu", 2)
+    with pytest.raises(InvalidInput, match="2 GPUs: run `accelerate launch"):
+        tune(str(start / "model"), start / "data.jsonl", tmp_path / "out", CONFIG)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(InvalidInput, match="batch_size 16 must be a multiple of accumulate x processes = 3"):
+        tune(str(start / "model"), start / "data.jsonl", tmp_path / "out", CONFIG)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_half_written_checkpoint_is_not_resumed_from(tmp_path: Path):
     for step, whole in ((3, True), (6, True), (9, False), (12, None)):
         directory = tmp_path / f"checkpoint-{step}"

@@ -150,7 +150,8 @@ class Progress(transformers.TrainerCallback):
         """Pass the mean loss since the last log line on; the last line of all has the mean over the run instead."""
         if logs and "loss" in logs:
             self.loss = logs["loss"]
-            self.report(state.global_step, state.max_steps, self.loss)
+            if state.is_world_process_zero:
+                self.report(state.global_step, state.max_steps, self.loss)
         elif logs and "train_loss" in logs and math.isnan(self.loss):
             self.loss = logs["train_loss"]
 
@@ -182,7 +183,16 @@ def tune(
         horizon=horizon, warmup_layers=config.warmup_layers, depths=tuple(sorted(set(config.depths), reverse=True))
     )
     plans = plans_for(config.depths, len(decoder_layers(network)), horizon=horizon, warmup_layers=config.warmup_layers)
-    state = open_state(output, {"model": model, "data": str(data), **asdict(config)}, resume=resume)
+    state = output.with_name(output.name + ".tuning")
+    args = arguments(config, state)
+    # The Trainer would copy the network to each GPU in every step; a copy does not have the `forward`s of the depth context.
+    if args.n_gpu > 1:
+        raise InvalidInput(
+            f"one process cannot tune on {args.n_gpu} GPUs: run `accelerate launch -m shoal.cli.main tune ...`, a process per "
+            "GPU, or choose one with CUDA_VISIBLE_DEVICES=0"
+        )
+    if args.process_index == 0:
+        open_state(state, {"model": model, "data": str(data), **asdict(config)}, resume=resume)
 
     use_cache = network.config.use_cache
     transformers.set_seed(config.seed)
@@ -192,7 +202,7 @@ def tune(
     progress = Progress(report)
     trainer = DepthTrainer(
         model=network,
-        args=arguments(config, state),
+        args=args,
         train_dataset=examples,
         data_collator=functools.partial(collate, pad_token_id=pad),
         callbacks=[progress],
@@ -208,8 +218,9 @@ def tune(
     if config.lora_rank:
         trained = trained.merge_and_unload()
     trained.config.use_cache = use_cache  # the Trainer had switched it off
-    write_checkpoint(output, trained, tokenizer, tuned)
-    shutil.rmtree(state)
+    if args.process_index == 0:
+        write_checkpoint(output, trained, tokenizer, tuned)
+        shutil.rmtree(state)
     return TuneReport(
         output=output,
         num_examples=len(examples),
@@ -247,7 +258,10 @@ def add_lora(network: nn.Module, rank: int) -> Any:
 
 
 def arguments(config: TuneConfig, state: Path) -> transformers.TrainingArguments:
-    """The Trainer's settings for `config`."""
+    """The Trainer's settings for `config`; a batch is divided among the processes that `accelerate launch` started."""
+    parts = config.accumulate * int(os.environ.get("WORLD_SIZE", "1"))
+    if config.batch_size % parts:
+        raise InvalidInput(f"batch_size {config.batch_size} must be a multiple of accumulate x processes = {parts}")
     # transformers is renaming this argument; the old name warns, the new one is missing from earlier releases.
     names = transformers.TrainingArguments.__dataclass_fields__
     checkpointing = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
@@ -260,10 +274,11 @@ def arguments(config: TuneConfig, state: Path) -> transformers.TrainingArguments
         weight_decay=config.weight_decay,
         adam_beta2=0.98,
         max_grad_norm=1.0,
-        per_device_train_batch_size=config.batch_size // config.accumulate,
+        per_device_train_batch_size=config.batch_size // parts,
         gradient_accumulation_steps=config.accumulate,
         bf16=config.bfloat16,
         use_cpu=not torch.cuda.is_available(),
+        ddp_find_unused_parameters=True,  # those of layers that a plan skips
         seed=config.seed,
         save_steps=config.save_every,
         save_total_limit=2,
@@ -276,9 +291,8 @@ def arguments(config: TuneConfig, state: Path) -> transformers.TrainingArguments
     )
 
 
-def open_state(output: Path, settings: dict[str, Any], *, resume: bool) -> Path:
-    """The directory `<output>.tuning` of a run with `settings`, checked against what is there."""
-    state = output.with_name(output.name + ".tuning")
+def open_state(state: Path, settings: dict[str, Any], *, resume: bool) -> None:
+    """Make the directory `state` of a run with `settings`; with `resume`, check that it is the directory of such a run."""
     record = state / "settings.json"
     settings = json.loads(json.dumps(settings))
     if resume:
@@ -296,7 +310,6 @@ def open_state(output: Path, settings: dict[str, Any], *, resume: bool) -> Path:
     else:
         state.mkdir(parents=True)
         record.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    return state
 
 
 def newest_checkpoint(state: Path) -> str | None:
