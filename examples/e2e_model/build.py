@@ -8,7 +8,7 @@ Stages, each a checkpoint under `--work`; a stage whose checkpoint exists is ski
     dense      12 layers: `small` with 9 layers inserted that compute nothing at first, then trained dense
     any-depth  `dense`, tuned for depths 1 to 1/5: the model that ships
 
-About an hour and a half on 2 cores. Afterwards: `evaluate.py --split test --card`, then `card.py`.
+About an hour on 2 cores. Afterwards: `evaluate.py --split test --card`, then `card.py`.
 """
 
 from __future__ import annotations
