@@ -31,14 +31,7 @@ COLORS = ("#0b3c5d", "#1f77a4", "#3fa796", "#e08e0b")
 ROUNDS = 3
 COPIES = 5
 
-PROMPTS = (
-    "name[The Mill], eatType[coffee shop], food[French], priceRange[cheap], customer rating[5 out of 5], near[Avalon]",
-    "name[Zizzi], eatType[pub], food[Japanese], area[riverside], familyFriendly[yes], near[Burger King]",
-    "name[Green Man], food[Italian], priceRange[more than £30], customer rating[high], area[city centre]",
-    "name[The Waterman], eatType[restaurant], food[Fast food], customer rating[low], familyFriendly[no]",
-    "name[Cocum], eatType[pub], priceRange[£20-25], area[riverside], near[Raja Indian Cuisine]",
-    "name[Clowns], eatType[coffee shop], food[Chinese], customer rating[average], familyFriendly[yes], near[Ranch]",
-)
+PROMPTS = Path(__file__).with_name("prompts.txt").read_text(encoding="utf-8").splitlines()
 """Written for the demo; none of them is in the E2E data."""
 
 
@@ -182,24 +175,23 @@ def _draw_quality(axes: Any, evaluation: dict[str, Any]) -> None:
     for name, (label, color) in systems.items():
         rows = [row for row in evaluation["rows"] if row["system"] == name]
         layers, bleu = [row["mean_layers"] for row in rows], [row["bleu"]["value"] for row in rows]
-        errors = [
-            [row["bleu"]["value"] - row["bleu"]["low"] for row in rows],
-            [row["bleu"]["high"] - row["bleu"]["value"] for row in rows],
-        ]
-        axes.errorbar(layers, bleu, yerr=errors, color=color, marker="o", lw=2, capsize=2, label=label)
+        lows, highs = ([row["bleu"][end] for row in rows] for end in ("low", "high"))
+        axes.fill_between(layers, lows, highs, color=color, alpha=0.15, lw=0)
+        axes.plot(layers, bleu, "o-", color=color, lw=2, label=label)
         if name == "any-depth":
-            for row, x, y in zip(rows, layers, bleu, strict=True):
-                axes.annotate(
-                    row["depth"], (x, y), xytext=(0, 10), textcoords="offset points", ha="center", color=color
-                )
+            for row, x, y in zip(rows, layers, highs, strict=True):
+                side = "right" if row is rows[-1] else "center"
+                axes.annotate(row["depth"], (x, y), xytext=(0, 4), textcoords="offset points", ha=side, color=color)
     for row in evaluation["rows"]:
         if row["system"] == "small":
             label = f"{row['num_layers']} layers, dense, same data"
-            axes.plot(row["mean_layers"], row["bleu"]["value"], "D", color="#e08e0b", label=label)
-    axes.set(xlabel="mean layers per generated token", ylabel="BLEU", xlim=(0, None), ylim=(0, None))
+            axes.plot(row["mean_layers"], row["bleu"]["value"], "D", ms=8, color="#e08e0b", zorder=5, label=label)
+    scores = [row["bleu"] for row in evaluation["rows"]]
+    lowest, highest = min(score["low"] for score in scores), max(score["high"] for score in scores)
+    axes.set(xlabel="mean layers per generated token", ylabel="BLEU", xlim=(0, None), ylim=(lowest - 4, highest + 2))
     axes.grid(axis="y", color="#e6e9ec")
     axes.set_axisbelow(True)
-    axes.legend(frameon=False, loc="lower right")
+    axes.legend(frameon=False, loc="lower right", title=f"shaded: {evaluation['intervals']}")
     split, count = evaluation["split"], evaluation["num_inputs"]
     axes.set_title(f"Quality against depth, E2E {split} set, {count} inputs", loc="left", fontsize=11)
 
