@@ -71,9 +71,7 @@ def generate(
     frequency_penalty: Annotated[float, option("Sampling", "Subtracted per time a token was emitted.")] = 0.0,
     stop: Annotated[list[str] | None, option("Sampling", "A string that ends the completion; may be repeated.")] = None,
     ignore_eos: Annotated[bool, option("Sampling", "Go on past end of sequence.", "--ignore-eos")] = False,
-    seed: Annotated[
-        int, option("Sampling", "Of the first prompt, the next has the next; the same gives the same tokens.")
-    ] = 0,
+    seed: Annotated[int, option("Sampling", "Of the first prompt's noise; prompt i has SEED + i.")] = 0,
     n: Annotated[int, option("Sampling", "Completions per prompt.")] = 1,
     logprobs: Annotated[
         int | None, option("Sampling", "Write the log-probabilities of emitted tokens and of this many top ones.")
