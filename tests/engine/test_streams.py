@@ -339,14 +339,23 @@ async def test_concurrent_async_streams_share_passes(make_engine: Make) -> None:
 
 
 async def test_the_event_loop_stays_free(engine: Engine) -> None:
-    """While a pass stands still, other tasks get their turn: here the one that lets it go on."""
+    """While a pass stands still, other tasks get their turn: those that ask for more, and the one that lets it go on."""
     gate = Gate(num_tokens=5)
     sampling = Sampling(max_new_tokens=5, ignore_eos=True, processor=gate)
     task = asyncio.create_task(collect(engine.astream(PROMPTS[0], sampling)))
     await gate.wait()
-    assert not task.done()
+    newcomer = asyncio.create_task(collect(engine.astream(PROMPTS[1], SHORT)))
+    left = asyncio.create_task(collect(engine.astream(PROMPTS[2], SHORT)))
+    await asyncio.sleep(0.05)  # they have begun to queue their requests
+    assert not any(one.done() for one in (task, newcomer, left))
+    left.cancel()
+    await asyncio.sleep(0.01)
     gate.open.set()
     assert [len(g.token_ids) for g in await task] == [5]
+    assert [len(g.token_ids) for g in await newcomer] == [8]
+    with pytest.raises(asyncio.CancelledError):
+        await left
+    assert_idle(engine)
 
 
 async def test_async_errors_are_raised_at_the_first_chunk(engine: Engine) -> None:

@@ -170,8 +170,15 @@ class Engine:
         *,
         timeout_s: float | None = None,
     ) -> AsyncIterator[Chunk]:
-        """`stream` for asyncio: passes run in a worker thread, and concurrent streams share them."""
-        chunks = self._submit(prompts, sampling, plan, timeout_s=timeout_s, streaming=True)
+        """`stream` for asyncio: passes run in a worker thread, and concurrent streams share them.
+
+        Requests are checked and queued when the first chunk is asked for.
+        """
+
+        def follow() -> Generator[Chunk, None, None]:  # queues in the worker thread, too: a pass may be under way
+            yield from self._submit(prompts, sampling, plan, timeout_s=timeout_s, streaming=True)
+
+        chunks = follow()
         turn = threading.Lock()  # a cancelled task leaves while its pass still runs in the worker thread
 
         def advance() -> Chunk | None:
