@@ -116,8 +116,18 @@ def test_reduced_prompt_runs_what_the_first_clock_may_run(given_bounds: tuple[in
 
 
 def test_open_horizon_is_the_requests_length() -> None:
+    """In generated tokens; in columns with the prompt's, so that the completion still sees a decay."""
     policy = SkipDecode(depth=0.5)
     assert policy.plan(8, max_new_tokens=20) == SkipDecode(depth=0.5, horizon=20).plan(8, max_new_tokens=99)
+    column = SkipDecode(depth=0.5, clock="column")
+    told = SkipDecode(depth=0.5, clock="column", horizon=30)
+    assert column.plan(8, prompt_tokens=10, max_new_tokens=20) == told.plan(8, prompt_tokens=10)
+
+
+def test_a_long_horizon_costs_nothing_to_plan() -> None:
+    """A billion clocks: the middle one is where half of the decay is over."""
+    plan = SkipDecode(min_layers=2, max_layers=4, horizon=10**9 + 1).plan(6)
+    assert plan.cutoffs == (ALWAYS, 0, 0, 250_000_001, 750_000_001, ALWAYS)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ and 5 always, layers 1 and 2 none: cutoffs (ALWAYS, 0, 0, 2, 4, ALWAYS).
 
 from __future__ import annotations
 
+import bisect
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -110,13 +111,16 @@ class SkipDecode:
         passed = prompt_tokens if self.clock == "column" else 0
         horizon = self.horizon or passed + max_new_tokens
         m, top = self.bounds(num_layers)
-        exits = [exit_at(clock, m, top, horizon) for clock in range(horizon)]
 
         def cutoff(layer: int) -> int:
             needed = num_layers - layer + warmup
             if layer < warmup or needed <= m:
                 return ALWAYS
-            return max(0, sum(e >= needed for e in exits) - passed)
+            # Exits never rise, so the clocks that are deep enough come first.
+            deep_enough = bisect.bisect_right(
+                range(horizon), -needed, key=lambda clock: -exit_at(clock, m, top, horizon)
+            )
+            return max(0, deep_enough - passed)
 
         prompt_layers = None
         if self.prompt == "max_layers":
