@@ -46,3 +46,19 @@ def test_the_quality_table_is_the_model_cards() -> None:
     for row in rows:
         cells = [f" {row['mean_layers']:.1f} of {row['num_layers']} ", f" {row['bleu']['value']:.1f} "]
         assert any(all(cell in line for cell in cells) for line in table), row
+
+
+def test_the_speed_table_is_the_benchmarks() -> None:
+    """Rows of `benchmarks/results/decode.json`; a new run of the benchmark wants a new table."""
+    runs = json.loads((ROOT / "benchmarks" / "results" / "decode.json").read_text(encoding="utf-8"))["runs"]
+    cases = {", ".join(str(value) for value in run["case"].values()): run for run in runs}
+    rows = [line.strip("| ").split(" | ") for line in README.read_text(encoding="utf-8").splitlines()]
+    rows = [row for row in rows if row[0] in cases]
+    assert len(rows) >= 4
+    for name, tokens_per_s, over_transformers, decode, total in rows:
+        variants = {variant["variant"]: variant for variant in cases[name]["variants"]}
+        depths = [variants[f"depth {depth}"] for depth in ("1/2", "1/3", "1/5")]
+        assert tokens_per_s == f"{variants['dense']['decode_tokens_per_s']:.0f}"
+        assert over_transformers == f"{cases[name]['dense_over_transformers']['decode']['median']:.2f}x"
+        assert decode == " · ".join(f"{depth['decode_speedup']['median']:.2f}x" for depth in depths)
+        assert total == " · ".join(f"{depth['total_speedup']['median']:.2f}x" for depth in depths)
