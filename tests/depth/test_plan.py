@@ -79,6 +79,10 @@ def test_prompt_layers_are_a_set() -> None:
     ("cutoffs", "fields", "message"),
     [
         ((), {}, "at least one layer"),
+        ((ALWAYS, 1.5), {}, r"must be whole numbers, one per layer, got \(2147483647, 1.5\)"),
+        ((ALWAYS, "2"), {}, "must be whole numbers"),
+        ((ALWAYS, math.nan), {}, "must be whole numbers"),
+        (None, {}, "must be whole numbers"),
         ((ALWAYS, -1), {}, f"0 or more .*{ALWAYS}.*, got -1"),
         ((5, 3), {}, "at least one layer must always run"),
         ((ALWAYS, 0), {"prompt_layers": (0, 2)}, r"within 0\.\.1, got \[0, 2\]"),
@@ -87,6 +91,6 @@ def test_prompt_layers_are_a_set() -> None:
         ((ALWAYS,), {"prompt_layers": ()}, r"layers \[0\] run for generated tokens"),
     ],
 )
-def test_refusals_say_what_is_allowed(cutoffs: tuple[int, ...], fields: dict[str, Any], message: str) -> None:
+def test_refusals_say_what_is_allowed(cutoffs: Any, fields: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidPlan, match=message):
         DepthPlan(cutoffs, **fields)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import pytest
@@ -254,6 +255,8 @@ def test_stats_are_shared_and_reset(engine: Engine) -> None:
     assert stats.peak_cache_bytes == cost.peak_cache_blocks * BLOCK_TOKENS * engine.shape.cache_values_per_token * 4
     assert stats.prompt_s > 0
     assert stats.decode_s > 0
+    assert json.loads(json.dumps(asdict(stats))) == asdict(stats)
+    assert {type(value) for value in asdict(stats).values()} == {int, float}
     stats.reset()
     assert stats == EngineStats()
 

@@ -11,6 +11,7 @@ A layer that runs now ran at every earlier clock, so each key and value that it 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -39,7 +40,11 @@ class DepthPlan:
     """Clock at which the plan stops getting shallower, for plans that do; a request that passes it is told so."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "cutoffs", tuple(int(min(c, ALWAYS)) for c in self.cutoffs))
+        try:
+            cutoffs = tuple(ALWAYS if c >= ALWAYS else operator.index(c) for c in self.cutoffs)
+        except TypeError as error:
+            raise InvalidPlan(f"cutoffs must be whole numbers, one per layer, got {self.cutoffs!r}") from error
+        object.__setattr__(self, "cutoffs", cutoffs)
         if not self.cutoffs:
             raise InvalidPlan("a depth plan needs a cutoff for at least one layer")
         if min(self.cutoffs) < 0:

@@ -73,6 +73,10 @@ class SkipDecode:
             raise InvalidPlan("give SkipDecode either depth, or min_layers and max_layers")
         if (self.min_layers is None) != (self.max_layers is None):
             raise InvalidPlan("min_layers and max_layers go together: one of them is missing")
+        for name in ("min_layers", "max_layers", "horizon", "warmup_layers"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, int):
+                raise InvalidPlan(f"{name} must be a whole number, got {value!r}")
         if self.min_layers is not None and self.max_layers is not None and self.min_layers > self.max_layers:
             raise InvalidPlan(f"min_layers {self.min_layers} is above max_layers {self.max_layers}")
         if self.depth is not None and not (isinstance(self.depth, int | float) and 0 < self.depth <= 1):

@@ -188,7 +188,7 @@ class Runner:
         stats.dense_prompt_bytes += moved(
             dense_layers * (not any_decode), dense_cached[~decodes].sum(), head_for_prompts
         )
-        decode_share = rows.served[decodes].sum() / rows.served.sum()
+        decode_share = float(rows.served[decodes].sum() / rows.served.sum())
         stats.decode_s += seconds * decode_share
         stats.prompt_s += seconds * (1 - decode_share)
 
