@@ -79,22 +79,28 @@ def _layer_work(rows: Rows, served: Ints, slots: Ints, positions: Ints, cache: K
         firsts = np.cumsum(rows.num_tokens) - rows.num_tokens
         select = np.concatenate([np.arange(first, first + n) for first, n in zip(firsts, served, strict=True)])
         slots, positions = slots[select], positions[select]
+    active = np.flatnonzero(served)
+    by_slot = active[np.argsort(rows.slots[active])]
+    slot_order = None
+    if (np.diff(by_slot) < 0).any():
+        first_tokens = np.cumsum(served) - served
+        slot_order = np.concatenate([np.arange(first_tokens[r], first_tokens[r] + served[r]) for r in by_slot])
     return LayerWork(
         num_tokens=total,
         select=None if select is None else _tensor(select, device),
         slots=_tensor(slots, device),
         positions=_tensor(positions, device),
-        runs=tuple(_runs(rows, served, cache)),
+        slot_order=None if slot_order is None else _tensor(slot_order, device),
+        runs=tuple(_runs(rows, by_slot, served, cache)),
     )
 
 
-def _runs(rows: Rows, served: Ints, cache: KVCache) -> list[Run]:
-    """Group active rows that are neighbours in the cache and bring equally many tokens."""
+def _runs(rows: Rows, by_slot: Ints, served: Ints, cache: KVCache) -> list[Run]:
+    """Group active rows, given in slot order, that are neighbours in the cache and bring equally many tokens."""
     runs = []
     token = 0
-    active = np.flatnonzero(served)
-    breaks = np.flatnonzero((np.diff(rows.slots[active]) != 1) | (np.diff(served[active]) != 0)) + 1
-    for group in np.split(active, breaks):
+    breaks = np.flatnonzero((np.diff(rows.slots[by_slot]) != 1) | (np.diff(served[by_slot]) != 0)) + 1
+    for group in np.split(by_slot, breaks):
         starts, tokens_per_row = rows.starts[group], int(served[group[0]])
         num_keys = int(starts.max()) + tokens_per_row
         causal = tokens_per_row > 1 and not starts.any()

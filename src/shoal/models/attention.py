@@ -19,6 +19,8 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, work: LayerWork) -> Te
 
     Returns [A, H_q * D].
     """
+    if work.slot_order is not None:
+        queries = queries[work.slot_order]
     out = torch.empty_like(queries)
     for run in work.runs:
         last = run.first_token + run.num_rows * run.tokens_per_row
@@ -27,6 +29,8 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, work: LayerWork) -> Te
         v = values[run.first_slot : run.first_slot + run.num_rows]
         decode = run.tokens_per_row == 1
         out[run.first_token : last] = _attend_one(q, k, v, run) if decode else _attend_many(q, k, v, run)
+    if work.slot_order is not None:
+        out = torch.empty_like(out).index_copy_(0, work.slot_order, out)
     return out.flatten(1)
 
 

@@ -22,7 +22,7 @@ class Run:
     """Rows whose cache slots are neighbours and that bring equally many tokens: one attention call reads their cache in place."""
 
     first_token: int
-    """Index of the run's first token among the layer's active tokens."""
+    """Index of the run's first token among the layer's active tokens in slot order."""
     num_rows: int
     """Rows in the run."""
     tokens_per_row: int
@@ -50,8 +50,10 @@ class LayerWork:
     """int64 [A], cache slot of each active token."""
     positions: Tensor
     """int64 [A], position of each active token in its sequence."""
+    slot_order: Tensor | None
+    """int64 [A], the active tokens in the order of their slots, so that runs are as long as can be; None where they stand so."""
     runs: tuple[Run, ...]
-    """Attention calls, covering the active tokens in order."""
+    """Attention calls, covering the active tokens in slot order."""
 
 
 @dataclass(frozen=True)
