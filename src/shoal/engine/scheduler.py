@@ -32,7 +32,10 @@ class Scheduler:
         if admitted:  # grow first: where that fails, nobody has left the queue
             self.cache.reserve(max(len(r.prompt) + r.sampling.max_new_tokens - 1 for r in admitted))
         for _ in admitted:
-            self.slots.enter(self.cache.acquire(), self.waiting.popleft())
+            self.waiting.popleft()
+        # Equal plans get neighbouring slots, deepest first: attention reads the cache of neighbours in one call.
+        for request in sorted(admitted, key=lambda request: request.plan.cutoffs, reverse=True):
+            self.slots.enter(self.cache.acquire(), request)
 
     def schedule(self) -> dict[int, int]:
         """Tokens to compute in the next pass, by slot. Prompts are read in the order in which they came."""
