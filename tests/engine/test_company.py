@@ -51,6 +51,8 @@ class PathCounter:
                 self.paths["all tokens"] += 1
             else:
                 self.paths["by index" if layer.select is not None else "leading slice"] += 1
+            if layer is not None and layer.slot_order is not None:
+                self.paths["out of slot order"] += 1
             for run in layer.runs if layer else ():
                 kind = "chunk" if run.tokens_per_row > 1 else "decode"
                 self.paths[f"{kind}, {'masked' if run.bias is not None else 'unmasked'}"] += 1
@@ -138,7 +140,7 @@ def test_alone_and_among_strangers(decoder: Decoder, strangers: list[Stranger]) 
         largest_difference=largest,
     )
     print(counter.paths)
-    for path in ("no token", "all tokens", "leading slice", "by index"):
+    for path in ("no token", "all tokens", "leading slice", "by index", "out of slot order"):
         assert counter.paths[path] > 300, f"too few layers ran on {path}: {counter.paths}"
     for path in ("chunk, masked", "chunk, unmasked", "decode, masked", "decode, unmasked"):
         assert counter.paths[path] > 500, f"too few attention calls were {path}: {counter.paths}"
