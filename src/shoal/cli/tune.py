@@ -72,7 +72,13 @@ def tune(
     console = Console(stderr=True)
     loss_column = TextColumn("loss {task.fields[loss]:.3f}")
     with Progress(
-        TextColumn("tuning"), BarColumn(), MofNCompleteColumn(), loss_column, TimeRemainingColumn(), console=console
+        TextColumn("tuning"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        loss_column,
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
     ) as progress:
         bar = progress.add_task("tuning", total=None, loss=float("nan"))
 

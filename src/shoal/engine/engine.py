@@ -98,8 +98,8 @@ class Engine:
             torch.set_num_threads(threads)
         check_sizes(max_batch=max_batch, max_pass_tokens=max_pass_tokens, cache_gib=cache_gib)
         directory = resolve(os.fspath(path), revision=revision, token=token)
-        tokenizer, tuned = load_tokenizer(directory), TunedDepth.load(directory)  # what fails quickly comes first
-        config, weights = load_checkpoint(directory, dtype=dtype, device=device)
+        config, weights = load_checkpoint(directory, dtype=dtype, device=device)  # layers are read last, by `Decoder`
+        tokenizer, tuned = load_tokenizer(directory), TunedDepth.load(directory)
         return cls(
             Decoder(config, weights),
             tokenizer,
