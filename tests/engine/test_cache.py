@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import sys
@@ -18,6 +19,7 @@ from shoal import Engine, Sampling
 from shoal.depth.plan import ALWAYS, DepthPlan
 from shoal.depth.shape import ModelShape
 from shoal.engine.cache import KVCache
+from shoal.engine.runner import container_free_bytes
 
 Make = Callable[..., Engine]
 NAN_TOKEN = 255
@@ -203,3 +205,15 @@ def test_a_failing_batch_leaves_the_books_straight(poisoned: Path) -> None:
     assert engine.runner.cache.blocks_in_use == 0
     engine.runner.cache.check_integrity()
     assert finite(engine)
+
+
+def test_a_container_with_a_limit_leaves_what_is_not_anonymous_memory(tmp_path: Path) -> None:
+    """The file cache, which reading a checkpoint fills, is no reason for a budget of nothing."""
+    assert container_free_bytes(tmp_path) == math.inf
+    (tmp_path / "memory.stat").write_text("anon 300\nfile 690\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert container_free_bytes(tmp_path) == math.inf
+    (tmp_path / "memory.max").write_text("1000\n")
+    assert container_free_bytes(tmp_path) == 700
+    (tmp_path / "memory.max").write_text("200\n")
+    assert container_free_bytes(tmp_path) == 0

@@ -74,10 +74,8 @@ class KVCache:
             for layer, held in enumerate(self.num_blocks.T):
                 self.keys[layer] = self._grown(self.keys[layer], capacity, held)
                 self.values[layer] = self._grown(self.values[layer], capacity, held)
-        except (
-            OSError,
-            RuntimeError,
-        ) as error:  # what has grown is as good as what has not: `max_positions` still holds
+        except (OSError, RuntimeError) as error:
+            # What has grown is as good as what has not: `max_positions` still holds.
             raise CacheBudgetExceeded(
                 f"no memory for {self.num_slots} cache slots of {capacity} positions ({error}): lower max_batch or the lengths"
             ) from error

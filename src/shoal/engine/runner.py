@@ -201,8 +201,17 @@ def free_bytes(device: torch.device) -> int:
     if meminfo.exists():  # sysconf's free pages leave out the file cache, which reading a checkpoint fills
         sizes = dict(line.split(":") for line in meminfo.read_text().splitlines())
         available = int(sizes["MemAvailable"].split()[0]) * 1024
-        limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-        if limit.exists() and (most := limit.read_text().strip()) != "max":  # a container with a limit of its own
-            available = min(available, max(0, int(most) - int(used.read_text())))
-        return available
+        return int(min(available, container_free_bytes(Path("/sys/fs/cgroup"))))
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # macOS knows the total only
+
+
+def container_free_bytes(cgroup: Path) -> float:
+    """Memory that the limit of a container (cgroup v2, mounted at `cgroup`) leaves now; infinite without a limit.
+
+    Its file cache does not count as used: the system takes it back before the limit strikes.
+    """
+    limit, usage = cgroup / "memory.max", cgroup / "memory.stat"
+    if not (limit.exists() and usage.exists()) or (most := limit.read_text().strip()) == "max":
+        return math.inf
+    used = dict(line.split() for line in usage.read_text().splitlines())
+    return max(0, int(most) - int(used["anon"]))
