@@ -1,9 +1,9 @@
-"""How often bfloat16 emits the tokens that float32 emits, greedily, dense and at depth.
+"""How often bfloat16 and int8 emit the tokens that float32 emits, greedily, dense and at depth.
 
     python benchmarks/agreement.py --save
 
 On the model that ships with Shoal, with meaning representations put together from its slots; `--model random` takes random weights
-and random prompts. Both engines load the same checkpoint. Once two completions part they are different texts, so what counts is
+and random prompts. All engines load the same checkpoint. Once two completions part they are different texts, so what counts is
 how far they agree: the share of float32's tokens that come before the first difference.
 """
 
@@ -22,12 +22,11 @@ import torch
 from machine import conditions
 from models import random_checkpoint, random_prompts
 from report import parser, print_json, rounded, save, table
-from shoal import Dense, Engine, Sampling, SkipDecode
+from shoal import Dense, Engine, Generation, Sampling, SkipDecode
 from shoal.models.directory import SHIPPED
 
 MODEL = "shoal-e2e"
 DEPTHS = (Fraction(1), Fraction(1, 2), Fraction(1, 5))
-DTYPES = ("float32", "bfloat16")
 SLOTS = (
     ("name", ("The Mill", "Zizzi", "Green Man", "Cocum")),
     ("eatType", ("pub", "coffee shop", "restaurant")),
@@ -71,6 +70,15 @@ def agreement(expected: Sequence[Sequence[int]], got: Sequence[Sequence[int]]) -
     }
 
 
+def compare(expected: Sequence[Generation], got: Sequence[Generation]) -> dict[str, Any]:
+    """`agreement` of completions, and the depth that they ran at."""
+    mean_layers = sum(g.ledger.decode_layer_tokens for g in expected) / sum(g.ledger.decode_passes for g in expected)
+    return {
+        "mean_layers": rounded(mean_layers),
+        **agreement([g.token_ids for g in expected], [g.token_ids for g in got]),
+    }
+
+
 HEADER = ("depth", "mean layers", "completions", "tokens", "same completions", "tokens before", "earliest", "median")
 
 
@@ -88,8 +96,9 @@ def describe(run: dict[str, Any]) -> str:
         ]
         for row in run["variants"]
     ]
+    dtype = run["case"].get("dtype", "bfloat16")  # results from before int8 name none
     return (
-        f"{run['case']['model']}: bfloat16 against float32, batch {run['case']['batch']}, greedy; equal completions, tokens before "
+        f"{run['case']['model']}: {dtype} against float32, batch {run['case']['batch']}, greedy; equal completions, tokens before "
         "the first difference, and where the earliest and the median difference is\n\n" + table(HEADER, rows)
     )
 
@@ -97,6 +106,7 @@ def describe(run: dict[str, Any]) -> str:
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--model", default=MODEL if (SHIPPED / MODEL).is_dir() else "random")
+    options.add_argument("--dtypes", nargs="+", default=["bfloat16", "int8"], help="beside float32")
     options.add_argument("--prompts", type=int, default=384, help="how many")
     options.add_argument("--batch", type=int, default=32)
     chosen = options.parse_args()
@@ -109,37 +119,36 @@ def main() -> None:
             path: str | Path = random_checkpoint("OPT-quick" if chosen.quick else "OPT-10M", Path(directory))
         else:
             path = chosen.model
-        engines = [Engine.from_pretrained(path, dtype=dtype, max_batch=chosen.batch) for dtype in DTYPES]
+        engines = {
+            dtype: Engine.from_pretrained(path, dtype=dtype, max_batch=chosen.batch)
+            for dtype in ("float32", *chosen.dtypes)
+        }
     if chosen.model == "random":
-        vocab_size = engines[0].shape.vocab_size
+        vocab_size = engines["float32"].shape.vocab_size
         prompts: list[Any] = random_prompts(vocab_size, num_prompts=chosen.prompts, num_tokens=35)
     else:
         every = meaning_representations()
         prompts = every[:: max(1, len(every) // chosen.prompts)][: chosen.prompts]
 
-    rows = []
-    for depth in DEPTHS:
-        plan = Dense() if depth == 1 else SkipDecode(depth=float(depth))
-        exact, rough = (engine.generate(prompts, sampling, plan) for engine in engines)
-        rows.append(
-            {
-                "depth": str(depth),
-                "mean_layers": rounded(
-                    sum(g.ledger.decode_layer_tokens for g in exact) / sum(g.ledger.decode_passes for g in exact)
-                ),
-                **agreement([g.token_ids for g in exact], [g.token_ids for g in rough]),
-            }
-        )
-    run = {
-        "case": {"model": str(chosen.model), "batch": chosen.batch},
-        "conditions": conditions(),
-        "max_new_tokens": sampling.max_new_tokens,
-        "variants": rows,
-    }
-    print(describe(run), end="\n\n", flush=True)
+    plans = {depth: Dense() if depth == 1 else SkipDecode(depth=float(depth)) for depth in DEPTHS}
+    expected = {depth: engines["float32"].generate(prompts, sampling, plan) for depth, plan in plans.items()}
+    runs = []
+    for dtype in chosen.dtypes:
+        rows = []
+        for depth, plan in plans.items():
+            got = engines[dtype].generate(prompts, sampling, plan)
+            rows.append({"depth": str(depth), **compare(expected[depth], got)})
+        run = {
+            "case": {"model": str(chosen.model), "batch": chosen.batch, "dtype": dtype},
+            "conditions": conditions(),
+            "max_new_tokens": sampling.max_new_tokens,
+            "variants": rows,
+        }
+        print(describe(run), end="\n\n", flush=True)
+        runs.append(run)
     if chosen.save:
-        save("agreement", [run])
-    print_json("agreement", [run])
+        save("agreement", runs)
+    print_json("agreement", runs)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
 """Rows at different clocks and under different plans in one batch, against one clock and one plan.
 
-    python benchmarks/clocks.py --save
+    python benchmarks/clocks.py --save --gates
 
 Two questions. *Staggered*: a new request enters every `new_tokens / batch` passes as an old one leaves, so that all rows stand at
 different clocks; what does that cost against a batch that starts together? Both serve the same requests, prompts included: one
 full period of the staggered batch, after it has filled, is exactly one batch's work. *Mixed*: four plans side by side in one
 batch, against a batch for each.
+
+The bound of a gain is floor(dense) / floor(plans), both admitted the same way, from the rows that each layer really served in each
+pass (served.py); for whole requests, and for the passes that carried no prompt.
 """
 
 from __future__ import annotations
@@ -23,9 +26,11 @@ from typing import Any
 
 import torch
 
-from machine import conditions
+from gates import print_gates
+from machine import Limits, conditions
 from models import random_checkpoint, random_prompts
-from report import interleaved, paired, parser, print_json, rounded, save, spread, table
+from report import extent, interleaved, number, paired, parser, print_json, rounded, save, spread, table
+from served import Recorded, Served, recording
 from shoal import Dense, DepthPlan, Engine, Sampling, SkipDecode
 
 DEPTHS = (Fraction(1), Fraction(1, 2), Fraction(1, 3), Fraction(1, 5))
@@ -39,8 +44,16 @@ class Sample:
 
     seconds: float
     """Prompts and decoding."""
+    decode_s: float
+    """Of that, passes that carried no prompt."""
     bytes_moved: int
     """As the engine counts: weights once per pass, the cache per row."""
+    passes: tuple[Served, ...]
+    """What each pass served."""
+
+    def floor_s(self, limits: Limits, *, decode: bool) -> float:
+        """Least seconds of all passes, or of those that carried no prompt."""
+        return sum(one.floor_s(limits) for one in self.passes if not (decode and one.has_prompt))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,16 +73,43 @@ class Job:
         engine.add(self.prompts[row], self.sampling, self.plans[row], streaming=False)
 
 
+class Period:
+    """Passes that are timed and recorded, from its making to `sample`."""
+
+    def __init__(self, engine: Engine) -> None:
+        engine.stats.reset()
+        self.engine = engine
+        self.pass_s: list[float] = []
+        self.began = time.perf_counter()
+
+    def step(self) -> None:
+        """One pass."""
+        began = time.perf_counter()
+        self.engine.step()
+        self.pass_s.append(time.perf_counter() - began)
+
+    def sample(self, recorded: Sequence[Recorded]) -> Sample:
+        """What has been spent; `recorded`: its passes."""
+        seconds, stats = time.perf_counter() - self.began, self.engine.stats
+        passes = tuple(one.served(self.engine.shape) for one in recorded)
+        return Sample(
+            seconds=seconds,
+            decode_s=sum(s for s, one in zip(self.pass_s, passes, strict=True) if not one.has_prompt),
+            bytes_moved=stats.prompt_bytes + stats.decode_bytes,
+            passes=passes,
+        )
+
+
 def together(engine: Engine, *jobs: Job) -> Sample:
     """Serve one job after the other; the requests of a job enter together."""
-    engine.stats.reset()
-    began = time.perf_counter()
-    for job in jobs:
-        for row in range(len(job.prompts)):
-            job.add(engine, row)
-        while engine.has_work:
-            engine.step()
-    return sample(engine, began)
+    with recording(engine) as recorded:
+        period = Period(engine)
+        for job in jobs:
+            for row in range(len(job.prompts)):
+                job.add(engine, row)
+            while engine.has_work:
+                period.step()
+        return period.sample(recorded)
 
 
 def staggered(engine: Engine, job: Job) -> Sample:
@@ -80,29 +120,25 @@ def staggered(engine: Engine, job: Job) -> Sample:
     """
     batch = len(job.prompts)
     gap = job.sampling.max_new_tokens // batch
-    for measured in (False, True):
-        if measured:
-            engine.stats.reset()
-            began = time.perf_counter()
+    for row in range(batch):
+        job.add(engine, row)
+        for _ in range(gap):
+            engine.step()
+    with recording(engine) as recorded:
+        period = Period(engine)
         for row in range(batch):
             job.add(engine, row)
             for _ in range(gap):
-                engine.step()
-    result = sample(engine, began)
+                period.step()
+        result = period.sample(recorded)
     while engine.has_work:
         engine.step()
     return result
 
 
-def sample(engine: Engine, began: float) -> Sample:
-    """What has been spent since `began`, when the engine's stats were reset."""
-    seconds = time.perf_counter() - began
-    return Sample(seconds=seconds, bytes_moved=engine.stats.prompt_bytes + engine.stats.decode_bytes)
-
-
-def measure(engine: Engine, name: str, dtype: str, options: argparse.Namespace) -> dict[str, Any]:
+def measure(engine: Engine, name: str, dtype: str, batch: int, options: argparse.Namespace) -> dict[str, Any]:
     """Every variant, in rounds."""
-    batch, prompt_tokens, new_tokens = (4, 8, 8) if options.quick else (options.batch, PROMPT_TOKENS, NEW_TOKENS)
+    prompt_tokens, new_tokens = (8, 8) if options.quick else (PROMPT_TOKENS, NEW_TOKENS)
     shape = engine.shape
     prompts = random_prompts(shape.vocab_size, num_prompts=batch, num_tokens=prompt_tokens)
     plans = {
@@ -124,10 +160,13 @@ def measure(engine: Engine, name: str, dtype: str, options: argparse.Namespace) 
     variants["four plans, a small batch each"] = partial(
         together, engine, *(mixed.part(slice(start, None, each)) for start in range(each))
     )
+    limits = Limits(engine.runner.decoder, rows=batch, quick=options.quick)
+    limits.measure()
     interleaved(variants, 1)
-    samples = interleaved(variants, options.rounds)
+    samples = interleaved(variants, options.rounds, between=limits.measure)
 
     seconds = {label: [s.seconds for s in timed] for label, timed in samples.items()}
+    decode_s = {label: [s.decode_s for s in timed] for label, timed in samples.items()}
     dense = "depth 1"
     flops = {
         label: sum(plan.cost(shape, prompt_tokens=prompt_tokens, new_tokens=new_tokens).flops for plan in job.plans)
@@ -137,6 +176,11 @@ def measure(engine: Engine, name: str, dtype: str, options: argparse.Namespace) 
     for label, timed in samples.items():
         plan, admission = label.split(", ")
         beside = f"{dense}, {'staggered' if admission == 'staggered' else 'together'}"
+        speedup, decode_speedup = paired(seconds[beside], seconds[label]), paired(decode_s[beside], decode_s[label])
+        bound, decode_bound = (
+            samples[beside][0].floor_s(limits, decode=decode) / timed[0].floor_s(limits, decode=decode)
+            for decode in (False, True)
+        )
         rows.append(
             {
                 "plans": plan,
@@ -146,7 +190,12 @@ def measure(engine: Engine, name: str, dtype: str, options: argparse.Namespace) 
                 "bytes_moved": timed[0].bytes_moved,
                 "flops_ratio": rounded(flops[dense] / flops[plan]),
                 "bytes_ratio": rounded(samples[beside][0].bytes_moved / timed[0].bytes_moved),
-                "speedup": paired(seconds[beside], seconds[label]),
+                "speedup": speedup,
+                "bound": rounded(bound),
+                "gain_over_bound": rounded(speedup["median"] / bound),
+                "decode_speedup": decode_speedup,
+                "decode_bound": rounded(decode_bound),
+                "decode_gain_over_bound": rounded(decode_speedup["median"] / decode_bound),
                 "time_over_together": paired(seconds[label], seconds[f"{plan}, together"]),
                 "bytes_over_together": rounded(timed[0].bytes_moved / samples[f"{plan}, together"][0].bytes_moved),
             }
@@ -157,6 +206,7 @@ def measure(engine: Engine, name: str, dtype: str, options: argparse.Namespace) 
         "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens,
         "rounds": options.rounds,
+        **limits.to_dict(),
         "variants": rows,
     }
     print(describe(run), end="\n\n", flush=True)
@@ -164,13 +214,14 @@ def measure(engine: Engine, name: str, dtype: str, options: argparse.Namespace) 
 
 
 HEADER = (
-    *("plans", "admission", "FLOPs", "bytes", "speedup", "min..max"),
+    *("plans", "admission", "FLOPs", "bytes", "speedup", "min..max", "bound", "of bound"),
+    *("decode speedup", "bound", "of bound"),
     *("seconds", "tokens/s", "time / together", "bytes / together"),
 )
 
 
 def describe(run: dict[str, Any]) -> str:
-    """One run as a table. FLOPs, bytes and speedup: dense admitted the same way, over the variant."""
+    """One run as a table. FLOPs, bytes and speedups: dense admitted the same way, over the variant."""
     rows = [
         [
             row["plans"],
@@ -178,7 +229,12 @@ def describe(run: dict[str, Any]) -> str:
             f"{row['flops_ratio']:.2f}",
             f"{row['bytes_ratio']:.2f}",
             f"{row['speedup']['median']:.2f}",
-            f"{row['speedup']['min']:.2f}..{row['speedup']['max']:.2f}",
+            extent(row["speedup"]),
+            number(row, "bound"),
+            number(row, "gain_over_bound"),
+            f"{row['decode_speedup']['median']:.2f}" if "decode_speedup" in row else "",
+            number(row, "decode_bound"),
+            number(row, "decode_gain_over_bound"),
             f"{row['seconds']['median']:.2f}",
             f"{row['tokens_per_s']:.0f}",
             f"{row['time_over_together']['median']:.2f}",
@@ -195,21 +251,24 @@ def describe(run: dict[str, Any]) -> str:
 
 def main() -> None:
     options = parser(__doc__)
-    options.add_argument("--models", nargs="+", default=["OPT-125M"])
+    options.add_argument("--models", nargs="+", default=["OPT-125M", "Llama-300M"])
     options.add_argument("--dtype", default="bfloat16")
-    options.add_argument("--batch", type=int, default=32, help="rows; a multiple of 4 that divides 64")
+    options.add_argument("--batches", nargs="+", type=int, default=[8, 32], help="rows; multiples of 4 that divide 32")
     chosen = options.parse_args()
     if chosen.quick:
-        chosen.models, chosen.rounds = ["OPT-quick"], 2
+        chosen.models, chosen.batches, chosen.rounds = ["OPT-quick"], [4], 2
     torch.set_num_threads(chosen.threads)
     runs = []
     with tempfile.TemporaryDirectory() as directory:
         for name in chosen.models:
             checkpoint = random_checkpoint(name, Path(directory))
-            engine = Engine.from_pretrained(checkpoint, dtype=chosen.dtype, max_batch=chosen.batch, cache_gib=2)
-            runs.append(measure(engine, name, chosen.dtype, chosen))
-    if chosen.save:
-        save("clocks", runs)
+            engine = Engine.from_pretrained(checkpoint, dtype=chosen.dtype, max_batch=max(chosen.batches), cache_gib=2)
+            for batch in chosen.batches:
+                runs.append(measure(engine, name, chosen.dtype, batch, chosen))
+                if chosen.save:
+                    save("clocks", runs[-1:])
+    if chosen.gates:
+        print_gates("clocks", runs)
     print_json("clocks", runs)
 
 

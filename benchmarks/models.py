@@ -26,6 +26,17 @@ MODELS: dict[str, PreTrainedConfig] = {
         tie_word_embeddings=False,
         **_NO_EOS,
     ),
+    "Llama-500M": LlamaConfig(
+        hidden_size=1280,
+        intermediate_size=3456,
+        num_hidden_layers=22,
+        num_attention_heads=20,
+        num_key_value_heads=20,
+        vocab_size=32000,
+        tie_word_embeddings=False,
+        dtype="bfloat16",
+        **_NO_EOS,
+    ),
     "OPT-10M": OPTConfig(
         hidden_size=256,
         word_embed_proj_dim=256,
@@ -56,20 +67,25 @@ MODELS: dict[str, PreTrainedConfig] = {
         **_NO_EOS,
     ),
 }
-"""Shapes by name. OPT-125M is 12 x 768 with a vocabulary of 50,272, Llama-300M 24 x 1024 with 32,000, OPT-10M 12 x 256 with 2,048
-(the shape of the model that ships with Shoal); the quick ones only show that a benchmark runs. No token ends a completion."""
+"""Shapes by name. OPT-125M is 12 x 768 with a vocabulary of 50,272, Llama-300M 24 x 1024 with 32,000, Llama-500M 22 x 1280 with
+32,000 (1 GB in bfloat16), OPT-10M 12 x 256 with 2,048 (the shape of the model that ships with Shoal); the quick ones only show that
+a benchmark runs. No token ends a completion."""
 
 
 def random_checkpoint(name: str, directory: Path) -> Path:
-    """Save the model `name` with random weights (seed 0) in float32 under `directory`, once; returns its directory."""
+    """Save the model `name` with random weights (seed 0) in its config's dtype, float32 where it names none, under `directory`,
+    once; returns its directory."""
     path = directory / name
     if not path.exists():
+        config = MODELS[name]
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(MODELS[name], dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32)
         # One word is all that the tokenizer knows: prompts are token ids.
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"?": 0}, unk_token="?")))
-        tokenizer.save_pretrained(path)
-        model.save_pretrained(path)
+        partial = path.with_name(f"{name}.partial")  # what an interrupted run leaves is never taken for whole
+        tokenizer.save_pretrained(partial)
+        model.save_pretrained(partial)
+        partial.rename(path)
     return path
 
 

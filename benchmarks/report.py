@@ -25,6 +25,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     options.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of tensor operations")
     options.add_argument("--quick", action="store_true", help="tiny sizes: shows that it runs, its times mean nothing")
     options.add_argument("--save", action="store_true", help="merge the runs into results/")
+    options.add_argument("--gates", action="store_true", help="say which of the bounds in gates.py the runs keep")
     return options
 
 
@@ -60,6 +61,16 @@ def paired(numerators: Sequence[float], denominators: Sequence[float]) -> dict[s
 def rounded(value: float) -> float:
     """To four significant digits."""
     return float(f"{value:.4g}")
+
+
+def number(row: Mapping[str, Any], key: str, form: str = ".2f") -> str:
+    """A number that not every row has, or nothing."""
+    return f"{row[key]:{form}}" if key in row else ""
+
+
+def extent(of: Mapping[str, float]) -> str:
+    """The least and the greatest of a `spread`."""
+    return f"{of['min']:.2f}..{of['max']:.2f}"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -21,10 +21,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from decode import Sample, counted, run_shoal
+from decode import counted
 from machine import conditions, seconds
 from models import random_checkpoint, random_prompts
 from report import interleaved, paired, parser, print_json, rounded, save, spread, table
+from samples import Sample, run_shoal
 from shoal import Dense, Engine, SkipDecode
 from shoal.models.decoder import Decoder
 

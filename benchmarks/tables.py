@@ -8,50 +8,33 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import agreement
 import clocks
+import decode_tables
+import gates
+import memory
+import prefill
 import short_requests
-from report import RESULTS, load, table
+from report import RESULTS, load
 
 README = Path(__file__).parent / "README.md"
 SECTION = re.compile(r"(<!-- (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def decode_summary(runs: list[dict[str, Any]]) -> str:
-    """One row per run: dense beside transformers, and each depth's speedup with its share of the bound."""
-    depths = [row["variant"] for row in runs[0]["variants"] if row["variant"].startswith("depth")]
-    header = ["model", "dtype", "batch", "dense tokens/s", "over transformers", "whole request", "time over floor"]
-    rows = []
-    for run in runs:
-        variants = {row["variant"]: row for row in run["variants"]}
-        dense, over = variants["dense"], run["dense_over_transformers"]
-        rows.append(
-            [
-                *(str(value) for value in run["case"].values()),
-                f"{dense['decode_tokens_per_s']:.0f}",
-                f"{over['decode']['median']:.2f}",
-                f"{over['total']['median']:.2f}",
-                f"{dense['time_over_floor']:.2f}",
-                *(
-                    f"{variants[depth]['decode_speedup']['median']:.2f} ({variants[depth]['gain_over_bound']:.2f})"
-                    for depth in depths
-                ),
-            ]
-        )
-    return table([*header, *depths], rows)
-
-
-def each(describe: Any) -> Any:
+def each(describe: Callable[[dict[str, Any]], str]) -> Callable[[list[dict[str, Any]]], str]:
     """Every run's own table."""
     return lambda runs: "\n\n".join(describe(run) for run in runs)
 
 
-SUMMARIES = {
-    "decode": decode_summary,
+SUMMARIES: dict[str, Callable[[list[dict[str, Any]]], str]] = {
+    "decode": decode_tables.summary,
     "clocks": each(clocks.describe),
+    "prefill": prefill.describe,
+    "memory": memory.describe,
     "short_requests": each(short_requests.describe),
     "agreement": each(agreement.describe),
 }
@@ -76,6 +59,8 @@ def render(readme: str) -> str:
 
     def section(match: re.Match[str]) -> str:
         start, name, end = match.groups()
+        if name == "gates":
+            return f"{start}{gates.as_table(gates.saved_gates())}\n{end}"
         if not (RESULTS / f"{name}.json").is_file():
             return f"{start}No results yet.\n{end}"
         runs = load(name)

@@ -52,9 +52,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "gpt2": {**_IDS, "n_embd": 48, "n_inner": 76, "n_layer": 3, "n_head": 3, "n_positions": 256},
     "llama": {**_ROTARY, "rope_parameters": LLAMA3_SCALING},
-    "mistral": {**_ROTARY, "head_dim": 12, "sliding_window": None},
+    "mistral": {**_ROTARY, "head_dim": 16, "sliding_window": None},
     "qwen2": {**_ROTARY, "tie_word_embeddings": True},
-    "qwen3": {**_ROTARY, "head_dim": 20, "tie_word_embeddings": True},
+    "qwen3": {**_ROTARY, "head_dim": 24, "tie_word_embeddings": True},
     "gpt_neox": {
         **_IDS,
         "hidden_size": 48,

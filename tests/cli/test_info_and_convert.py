@@ -41,11 +41,11 @@ def test_info_of_a_tuned_model(checkpoint: Path) -> None:
     assert facts(result.stdout) == {
         "family": "qwen3",
         "layers": "10 of width 48",
-        "attention": "6 heads of 20, 2 for keys and values",
+        "attention": "6 heads of 24, 2 for keys and values",
         "MLP": "76 gated, silu",
         "vocabulary": "263, head tied to the embedding",
         "positions": "256 rotary",
-        "parameters": "277 k",  # 10 x (48 (120 + 80) + 120 48 + 3 48 76 + 2 48 + 2 20) + 263 48 + 48
+        "parameters": "308 k",  # 10 x (48 (144 + 96) + 144 48 + 3 48 76 + 2 48 + 2 24) + 263 48 + 48
         "dtype": "bfloat16",
         "tokenizer": "TokenizersBackend, 258 tokens",
         "tuned for": "skipdecode at depth 1, 0.5, 0.2; horizon 40, 1 warm-up",
@@ -100,7 +100,7 @@ def test_the_hub_is_not_asked_for_weights(
     assert not any(fnmatch.fnmatch("model.safetensors", pattern) for patterns in asked for pattern in patterns)
     if command == "info":
         shown = facts(result.stdout)
-        assert shown["parameters"].startswith("about 276 k by config.json")  # as above, without the norms
+        assert shown["parameters"].startswith("about 306 k by config.json")  # as above, without the norms
         assert shown["dtype"] == "bfloat16"
 
 

@@ -12,12 +12,13 @@ from families import save, tiny_model
 from shoal import Engine
 from shoal.models.checkpoint import load_checkpoint, load_tokenizer
 from shoal.models.decoder import Decoder
+from shoal.models.executor import Executor, make_decoder
 
 
 @pytest.fixture(scope="session")
 def model() -> PreTrainedModel:
     """Mistral with 6 layers: grouped queries, rotary positions, and slots that do not end where a page of memory does."""
-    return tiny_model("mistral", num_hidden_layers=6)
+    return tiny_model("mistral", num_hidden_layers=6, num_key_value_heads=3, head_dim=8)
 
 
 @pytest.fixture(scope="session")
@@ -27,8 +28,14 @@ def checkpoint(model: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.fixture(scope="session")
-def decoder(checkpoint: Path) -> Decoder:
-    """`model` in float32."""
+def decoder(checkpoint: Path) -> Executor:
+    """`model` in float32, as engines run it on this machine."""
+    return make_decoder(*load_checkpoint(checkpoint))
+
+
+@pytest.fixture(scope="session")
+def plain_decoder(checkpoint: Path) -> Decoder:
+    """`model` in float32 by PyTorch's operations alone."""
     return Decoder(*load_checkpoint(checkpoint))
 
 
@@ -39,7 +46,7 @@ def tokenizer(checkpoint: Path) -> PreTrainedTokenizerBase:
 
 
 @pytest.fixture
-def make_engine(decoder: Decoder, tokenizer: PreTrainedTokenizerBase) -> Callable[..., Engine]:
+def make_engine(decoder: Executor, tokenizer: PreTrainedTokenizerBase) -> Callable[..., Engine]:
     """Make an engine with options of its own over the shared decoder."""
 
     def make(**options: object) -> Engine:

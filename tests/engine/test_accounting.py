@@ -22,6 +22,7 @@ from shoal.depth.plan import ALWAYS
 from shoal.engine.cache import KVCache
 from shoal.engine.ledger import EngineStats
 from shoal.models.decoder import Decoder
+from shoal.models.executor import Executor
 from shoal.models.linear import Linear
 from shoal.models.passes import Pass
 
@@ -32,7 +33,7 @@ Make = Callable[..., Engine]
 class BlockWatch:
     """The decoder, noting the cache's books inside every pass, when `hold` has recorded what the pass writes."""
 
-    def __init__(self, decoder: Decoder) -> None:
+    def __init__(self, decoder: Executor) -> None:
         self.decoder = decoder
         self.config, self.dtype, self.device = decoder.config, decoder.dtype, decoder.device
         self.blocks: list[int] = []
@@ -44,7 +45,7 @@ class BlockWatch:
 
 
 @pytest.fixture
-def product_tokens(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> Counter[Linear]:
+def product_tokens(monkeypatch: pytest.MonkeyPatch) -> Counter[Linear]:
     """Rows that every matrix product has multiplied, counted around the products themselves."""
     counted: Counter[Linear] = Counter()
     original = Linear.__call__
@@ -57,7 +58,7 @@ def product_tokens(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> Counter
     return counted
 
 
-def ran(decoder: Decoder) -> int:
+def ran(decoder: Executor) -> int:
     """Layer-tokens since the decoder was made, by the layers' own count."""
     return sum(layer.num_tokens_run for layer in decoder.layers)
 
@@ -80,7 +81,7 @@ def any_plan(draw: st.DrawFn) -> tuple[DepthPlan, int, int]:
 
 @settings(derandomize=True, deadline=None, max_examples=25, database=None)
 @given(any_plan(), st.integers(1, 3))
-def test_one_clock_pass_by_pass(decoder: Decoder, job: tuple[DepthPlan, int, int], batch: int) -> None:
+def test_one_clock_pass_by_pass(decoder: Executor, job: tuple[DepthPlan, int, int], batch: int) -> None:
     """Equal requests at one clock: after every pass, everything counted so far is the cost of that many tokens."""
     plan, prompt_tokens, new_tokens = job
     watch = BlockWatch(decoder)
@@ -133,7 +134,7 @@ def expected_ledger(cost: PlanCost, dense: PlanCost, prompt_tokens: int, new_tok
     )
 
 
-def test_staggered_requests_add_up(decoder: Decoder) -> None:
+def test_staggered_requests_add_up(decoder: Executor) -> None:
     """Requests that come at different passes: the blocks in use in every pass are the sum of what each plan says."""
     rng = random.Random("staggered")
     watch = BlockWatch(decoder)
@@ -163,12 +164,10 @@ def test_staggered_requests_add_up(decoder: Decoder) -> None:
 
 
 @pytest.mark.parametrize("max_pass_tokens", [4, 9, 2048])
-def test_counted_in_the_products(
-    make_engine: Make, decoder: Decoder, product_tokens: Counter[Linear], max_pass_tokens: int
-) -> None:
+def test_counted_in_the_products(plain_decoder: Decoder, product_tokens: Counter[Linear], max_pass_tokens: int) -> None:
     """Mixed plans, chunked prompts: rows of every product add up to the plans' costs and to the ledgers, layer by layer."""
     rng = random.Random(f"products {max_pass_tokens}")
-    engine = make_engine(max_batch=4, max_pass_tokens=max_pass_tokens)
+    engine = Engine(plain_decoder, max_batch=4, max_pass_tokens=max_pass_tokens, cache_gib=0.25)
     jobs = []
     for _ in range(14):
         prompt_tokens, new_tokens = rng.choice([1, 3, 16, 29]), rng.randint(1, 12)
@@ -179,20 +178,20 @@ def test_counted_in_the_products(
                 new_tokens,
             )
         )
-    before = [layer.num_tokens_run for layer in decoder.layers]
+    before = [layer.num_tokens_run for layer in plain_decoder.layers]
     generations = engine.generate(
         [[rng.randrange(256) for _ in range(p)] for _, p, _ in jobs],
         [Sampling(max_new_tokens=n, ignore_eos=True) for *_, n in jobs],
         [plan for plan, *_ in jobs],
     )  # fmt: skip
-    for index, layer in enumerate(decoder.layers):
+    for index, layer in enumerate(plain_decoder.layers):
         expected = sum(
             plan.runs_prompt[index] * prompt_tokens + min(plan.cutoffs[index], new_tokens - 1)
             for plan, prompt_tokens, new_tokens in jobs
         )
         assert layer.num_tokens_run - before[index] == expected
         assert [product_tokens[product] for product in (layer.qkv, layer.out, layer.up, layer.down)] == [expected] * 4
-    assert product_tokens[decoder.head] == sum(new_tokens for *_, new_tokens in jobs)
+    assert product_tokens[plain_decoder.head] == sum(new_tokens for *_, new_tokens in jobs)
     for generation, (plan, prompt_tokens, new_tokens) in zip(generations, jobs, strict=True):
         cost = cost_of(plan, engine, prompt_tokens, new_tokens)
         dense = cost_of(Dense().plan(NUM_LAYERS), engine, prompt_tokens, new_tokens)

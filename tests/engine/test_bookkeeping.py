@@ -8,7 +8,6 @@ from __future__ import annotations
 import random
 from collections import Counter
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -25,7 +24,7 @@ from shoal.engine import engine as engine_module
 from shoal.engine import runner as runner_module
 from shoal.engine.cache import KVCache
 from shoal.errors import CacheBudgetExceeded
-from shoal.models.passes import Pass
+from shoal.models.passes import LayerWork, Pass
 from shoal.models.weights import DecoderConfig
 
 NUM_LAYERS, VOCAB, EOS, POISON = 4, 8, 7, 6
@@ -69,16 +68,16 @@ class NoDecoder:
         return logits
 
     @staticmethod
-    def tokens_of(layer: Any) -> tuple[list[int], list[int]]:
+    def tokens_of(layer: LayerWork | None) -> tuple[list[int], list[int]]:
         if layer is None:
             return [], []
-        covered = [(run.first_token, run.num_rows * run.tokens_per_row) for run in layer.runs]
-        ends = [0]
-        for first, count in covered:
-            assert first == ends[-1], "attention calls must cover the active tokens in order"
-            ends.append(first + count)
-        assert ends[-1] == layer.num_tokens == len(layer.slots) == len(layer.positions)
-        return layer.slots.tolist(), layer.positions.tolist()
+        slots, positions = [], []
+        for first, count, slot, start in layer.spans.tolist():
+            assert first == len(slots), "spans must cover the active tokens in order"
+            slots += [slot] * count
+            positions += range(start, start + count)
+        assert len(slots) == layer.num_tokens
+        return slots, positions
 
 
 class Bookkeeping(RuleBasedStateMachine):

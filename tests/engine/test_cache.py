@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import random
@@ -20,6 +21,8 @@ from shoal.depth.plan import ALWAYS, DepthPlan
 from shoal.depth.shape import ModelShape
 from shoal.engine.cache import KVCache
 from shoal.engine.runner import container_free_bytes
+from shoal.models.executor import Executor
+from ways import WAYS, decoder_of
 
 Make = Callable[..., Engine]
 NAN_TOKEN = 255
@@ -31,10 +34,12 @@ def run_all(engine: Engine, jobs: list[tuple[list[int], Sampling]]) -> list[tupl
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_growth_keeps_what_running_requests_cached(checkpoint: Path, dtype: str) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_growth_keeps_what_running_requests_cached(checkpoint: Path, way: str, dtype: str) -> None:
     """A long prompt arrives while shorter requests run at different clocks, some with retired layers."""
-    alone = Engine.from_pretrained(checkpoint, dtype=dtype, max_batch=1, cache_gib=0.25)
-    engine = Engine.from_pretrained(checkpoint, dtype=dtype, max_batch=4, cache_gib=0.25)
+    decoder = decoder_of(way, checkpoint, dtype)
+    alone = Engine(decoder, max_batch=1, cache_gib=0.25)
+    engine = Engine(decoder, max_batch=4, cache_gib=0.25)
     rng = random.Random("growth")
     sampling = Sampling(max_new_tokens=24, ignore_eos=True)
     plans = [DepthPlan((ALWAYS,) * 6), DepthPlan((ALWAYS, 3, 0, 30, 5, ALWAYS)), DepthPlan((ALWAYS,) * 6)]
@@ -127,18 +132,18 @@ def test_memory_follows_the_blocks() -> None:
     assert not any(tensor.any() for tensor in cache.keys + cache.values)
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16"])
-def poisoned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=itertools.product(WAYS, ["float32", "bfloat16"]), ids="-".join)
+def poisoned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Executor:
     """A model for which a token is not a number, and so is whatever attends to it.
 
     Its slots of 64 positions take 1.5 pages of memory (3/4 in bfloat16), so that giving whole pages back does not wipe them;
     requests have to stay within 64 positions for that.
     """
-    dtype = getattr(torch, request.param)
-    model: PreTrainedModel = tiny_model("mistral", num_hidden_layers=4)
+    way, dtype = request.param
+    model: PreTrainedModel = tiny_model("mistral", num_hidden_layers=4, num_key_value_heads=3, head_dim=8)
     with torch.no_grad():
         model.get_input_embeddings().weight[NAN_TOKEN] = torch.nan
-    return save(model, tmp_path_factory.mktemp(request.param), dtype=dtype)
+    return decoder_of(way, save(model, tmp_path_factory.mktemp("poisoned"), dtype=getattr(torch, dtype)))
 
 
 GREEDY = Sampling(max_new_tokens=20, ignore_eos=True)
@@ -149,9 +154,9 @@ def finite(engine: Engine) -> bool:
     return all(bool(tensor.isfinite().all()) for tensor in engine.runner.cache.keys + engine.runner.cache.values)
 
 
-def test_a_failed_request_is_named_and_alone(poisoned: Path) -> None:
+def test_a_failed_request_is_named_and_alone(poisoned: Executor) -> None:
     """Between two others in the same attention calls, a request that is not a number ends by itself."""
-    engine = Engine.from_pretrained(poisoned, max_batch=4, cache_gib=0.25)
+    engine = Engine(poisoned, max_batch=4, cache_gib=0.25)
     clean = run_all(engine, [(prompt, GREEDY) for prompt in PROMPTS])
     ill = [1, 2, NAN_TOKEN]
     generations = engine.generate([PROMPTS[0], ill, PROMPTS[1], PROMPTS[2]], GREEDY)
@@ -163,9 +168,9 @@ def test_a_failed_request_is_named_and_alone(poisoned: Path) -> None:
     assert finite(engine)
 
 
-def test_the_next_user_of_a_slot_is_not_poisoned(poisoned: Path) -> None:
+def test_the_next_user_of_a_slot_is_not_poisoned(poisoned: Executor) -> None:
     """A masked key weighs 0, and 0 x NaN is NaN: a shorter request reads its slot as far as a longer neighbour's."""
-    engine = Engine.from_pretrained(poisoned, max_batch=3, cache_gib=0.25)
+    engine = Engine(poisoned, max_batch=3, cache_gib=0.25)
     clean = run_all(engine, [(prompt, GREEDY) for prompt in PROMPTS])
     for ill in ([NAN_TOKEN] * 44, [1, NAN_TOKEN], [1] * 30 + [NAN_TOKEN] + [2] * 12):
         failed = engine.generate([ill] * 3, GREEDY)
@@ -174,9 +179,9 @@ def test_the_next_user_of_a_slot_is_not_poisoned(poisoned: Path) -> None:
 
 
 @pytest.mark.parametrize("end", ["cancelled", "timeout", "closed"])
-def test_nor_by_a_prompt_that_ended_between_its_chunks(poisoned: Path, end: str) -> None:
+def test_nor_by_a_prompt_that_ended_between_its_chunks(poisoned: Executor, end: str) -> None:
     """Most of a prompt has been read and nothing has shown yet that it is not a number."""
-    engine = Engine.from_pretrained(poisoned, max_batch=3, max_pass_tokens=36, cache_gib=0.25)
+    engine = Engine(poisoned, max_batch=3, max_pass_tokens=36, cache_gib=0.25)
     clean = run_all(engine, [(prompt, GREEDY) for prompt in PROMPTS])
     stream = engine.stream([1] * 8 + [NAN_TOKEN] * 32, GREEDY)
     engine.step()
@@ -194,8 +199,8 @@ def test_nor_by_a_prompt_that_ended_between_its_chunks(poisoned: Path, end: str)
     assert run_all(engine, [(prompt, GREEDY) for prompt in PROMPTS]) == clean
 
 
-def test_a_failing_batch_leaves_the_books_straight(poisoned: Path) -> None:
-    engine = Engine.from_pretrained(poisoned, max_batch=2, cache_gib=0.25)
+def test_a_failing_batch_leaves_the_books_straight(poisoned: Executor) -> None:
+    engine = Engine(poisoned, max_batch=2, cache_gib=0.25)
     rng = random.Random("failing")
     prompts = [[rng.choice([1, 2, 3, NAN_TOKEN]) for _ in range(rng.randint(1, 6))] for _ in range(20)]
     for generation, prompt in zip(

@@ -1,4 +1,4 @@
-"""A request's tokens do not depend on who shares its batch."""
+"""A request's tokens do not depend on who shares its batch; by the kernel its logits neither, to the last bit."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,8 +17,11 @@ from random_plans import random_plan, random_policy
 from shoal import Dense, Engine, Sampling, SkipDecode
 from shoal.engine.cache import KVCache
 from shoal.engine.intake import Plan
-from shoal.models.decoder import Decoder
+from shoal.models.executor import Executor
+from shoal.models.layout import lay_out
+from shoal.models.native.decoder import NativeDecoder
 from shoal.models.passes import Pass
+from ways import WAYS, decoder_of
 
 NUM_BATCHES, NUM_STRANGERS = 200, 80
 
@@ -37,7 +41,7 @@ class Stranger:
 class PathCounter:
     """The decoder, and how its layers came to their tokens."""
 
-    def __init__(self, decoder: Decoder) -> None:
+    def __init__(self, decoder: Executor) -> None:
         self.decoder = decoder
         self.config, self.dtype, self.device = decoder.config, decoder.dtype, decoder.device
         self.paths: Counter[str] = Counter()
@@ -51,12 +55,19 @@ class PathCounter:
                 self.paths["all tokens"] += 1
             else:
                 self.paths["by index" if layer.select is not None else "leading slice"] += 1
-            if layer is not None and layer.slot_order is not None:
-                self.paths["out of slot order"] += 1
-            for run in layer.runs if layer else ():
+        if not isinstance(self.decoder, NativeDecoder):
+            self._count_attention_calls(work, cache)
+        return self.decoder(work, cache)
+
+    def _count_attention_calls(self, work: Pass, cache: KVCache) -> None:
+        """Those that PyTorch makes."""
+        layouts = {id(layer): lay_out(layer, cache.keys[0]) for layer in work.layers if layer is not None}
+        for layer in filter(None, work.layers):
+            layout = layouts[id(layer)]
+            self.paths["out of slot order"] += layout.slot_order is not None
+            for run in layout.runs:
                 kind = "chunk" if run.tokens_per_row > 1 else "decode"
                 self.paths[f"{kind}, {'masked' if run.bias is not None else 'unmasked'}"] += 1
-        return self.decoder(work, cache)
 
 
 def record(engine: Engine, prompts: list[list[int]], samplings: list[Sampling], plans: list[Plan]) -> list[Tensor]:
@@ -74,8 +85,14 @@ def record(engine: Engine, prompts: list[list[int]], samplings: list[Sampling], 
     return [torch.stack(kept) for kept in rows]
 
 
+@pytest.fixture(scope="module", params=WAYS)
+def decoder(request: pytest.FixtureRequest, checkpoint: Path) -> Executor:
+    """The model in float32, each way."""
+    return decoder_of(request.param, checkpoint)
+
+
 @pytest.fixture(scope="module")
-def strangers(decoder: Decoder) -> list[Stranger]:
+def strangers(decoder: Executor) -> list[Stranger]:
     """Requests of every kind, each run alone."""
     rng = random.Random("strangers")
     alone = Engine(decoder, max_batch=1, cache_gib=0.25)
@@ -109,7 +126,7 @@ def run(engine: Engine, company: Sequence[Stranger]) -> list[tuple[int, ...]]:
     return [generation.token_ids for generation in generations]
 
 
-def test_alone_and_among_strangers(decoder: Decoder, strangers: list[Stranger]) -> None:
+def test_alone_and_among_strangers(decoder: Executor, strangers: list[Stranger]) -> None:
     """200 random batches: other plans, lengths and samplings beside it, other slots, chunked prompts, a waiting queue."""
     counter = PathCounter(decoder)
     rng = random.Random("batches")
@@ -129,7 +146,8 @@ def test_alone_and_among_strangers(decoder: Decoder, strangers: list[Stranger]) 
                 largest = max(largest, float((logits - one.logits).abs().max()))
         assert engine.runner.cache.blocks_in_use == 0
         assert not engine.has_work
-    assert largest < 1e-4, "logits in company differ by more than rounding"
+    native = isinstance(decoder, NativeDecoder)
+    assert largest <= (0 if native else 1e-4), "logits in company differ by more than rounding, or at all by the kernel"
     drawn = [i for i, one in enumerate(expected) if one.sampling.temperature > 0]
     assert [got[i] for i in drawn] == [expected[i].tokens for i in drawn]
     greedy = [i for i, one in enumerate(expected) if one.sampling.temperature == 0]
@@ -140,13 +158,14 @@ def test_alone_and_among_strangers(decoder: Decoder, strangers: list[Stranger]) 
         largest_difference=largest,
     )
     print(counter.paths)
-    for path in ("no token", "all tokens", "leading slice", "by index", "out of slot order"):
+    for path in ("no token", "all tokens", "leading slice", "by index"):
         assert counter.paths[path] > 300, f"too few layers ran on {path}: {counter.paths}"
-    for path in ("chunk, masked", "chunk, unmasked", "decode, masked", "decode, unmasked"):
-        assert counter.paths[path] > 500, f"too few attention calls were {path}: {counter.paths}"
+    calls = ("out of slot order", "chunk, masked", "chunk, unmasked", "decode, masked", "decode, unmasked")
+    for path in () if native else calls:
+        assert counter.paths[path] > 300, f"too few attention calls were {path}: {counter.paths}"
 
 
-def test_a_chain_of_plans_needs_no_index(decoder: Decoder) -> None:
+def test_a_chain_of_plans_needs_no_index(decoder: Executor) -> None:
     """Plans of one family with one warm-up, at different clocks and depths: each layer's rows are a leading slice."""
     counter = PathCounter(decoder)
     engine = Engine(counter, max_batch=8, cache_gib=0.25)  # type: ignore[arg-type]
@@ -164,7 +183,7 @@ def test_a_chain_of_plans_needs_no_index(decoder: Decoder) -> None:
     assert counter.paths["leading slice"] > 50
 
 
-def test_order_of_submission_does_not_matter(decoder: Decoder, strangers: list[Stranger]) -> None:
+def test_order_of_submission_does_not_matter(decoder: Executor, strangers: list[Stranger]) -> None:
     company = strangers[:12]
     forwards = run(Engine(decoder, max_batch=4, cache_gib=0.25), company)
     backwards = run(Engine(decoder, max_batch=4, cache_gib=0.25), company[::-1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -12,9 +13,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from families import save, tiny_model
 from shoal import Engine, Sampling
 from shoal.depth.plan import ALWAYS, DepthPlan
-from shoal.engine.cache import KVCache
+from shoal.models import layout
 from shoal.models.checkpoint import load_checkpoint
 from shoal.models.decoder import Decoder
+from ways import WAYS, decoder_of
 
 NUM_PROMPTS, NUM_NEW_TOKENS = 24, 16
 NEXT_TOKEN_SHARE = 0.93
@@ -24,12 +26,13 @@ FREE_SHARE = 0.7
 """Least share of tokens before a completion's first difference. Measured: 0.99, 0.77, 0.83."""
 
 
-@pytest.fixture(scope="module", params=["opt", "llama", "gpt_neox"])
+@pytest.fixture(scope="module", params=itertools.product(["opt", "llama", "gpt_neox"], WAYS), ids="-".join)
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Engine, PreTrainedModel]:
-    """An engine in bfloat16 and transformers' model of the same checkpoint."""
-    directory = save(tiny_model(request.param), tmp_path_factory.mktemp(request.param), dtype=torch.bfloat16)
+    """An engine in bfloat16, each way, and transformers' model of the same checkpoint."""
+    family, way = request.param
+    directory = save(tiny_model(family), tmp_path_factory.mktemp(family), dtype=torch.bfloat16)
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
-    return Engine.from_pretrained(directory, cache_gib=0.25), model.eval()
+    return Engine(decoder_of(way, directory), cache_gib=0.25), model.eval()
 
 
 class Recorder:
@@ -102,15 +105,15 @@ def test_a_whole_slot_reads_as_a_part_of_it(
     plans = [DepthPlan((ALWAYS,) * 4), DepthPlan((ALWAYS, 5, 0, ALWAYS)), DepthPlan((ALWAYS, 0, 9, ALWAYS))] * 2
     prompts = [[number + at for at in range(24 + 3 * number)] for number in range(len(plans))]
     read: list[bool] = []
-    original = KVCache.num_keys_to_read
+    original = layout.num_keys_to_read
 
-    def whole(self: KVCache, num_keys: int) -> int:
-        read.append(original(self, num_keys) == self.max_positions > num_keys)
-        return original(self, num_keys)
+    def whole(num_keys: int, keys: Tensor) -> int:
+        read.append(original(num_keys, keys) == keys.shape[2] > num_keys)
+        return original(num_keys, keys)
 
     logits, tokens = [], []
-    for way in (whole, lambda self, num_keys: num_keys):
-        monkeypatch.setattr(KVCache, "num_keys_to_read", way)
+    for way in (whole, lambda num_keys, keys: num_keys):
+        monkeypatch.setattr(layout, "num_keys_to_read", way)
         engine = Engine(decoder, max_batch=3, cache_gib=0.25)
         engine.generate([[9] * 40] * 3, Sampling(max_new_tokens=20, ignore_eos=True))
         recorders = [Recorder() for _ in plans]

@@ -15,6 +15,7 @@ from random_plans import random_plan, random_policy, specification
 from shoal import Dense, Engine, Sampling
 from shoal.depth.plan import ALWAYS, DepthPlan
 from shoal.engine.intake import Plan
+from ways import WAYS, decoder_of
 
 NUM_LAYERS, NUM_REQUESTS = 6, 12
 
@@ -48,13 +49,13 @@ def random_requests(rng: random.Random) -> list[tuple[list[int], Plan, int]]:
     return requests
 
 
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("family", CONFIGS)
-def test_tokens_equal_the_reference(family: str, tmp_path: Path) -> None:
+def test_tokens_equal_the_reference(family: str, way: str, tmp_path: Path) -> None:
     depth = {"n_layer": NUM_LAYERS} if family == "gpt2" else {"num_hidden_layers": NUM_LAYERS}
     model = tiny_model(family, **depth)
-    engine = Engine.from_pretrained(
-        save(model, tmp_path, tokenizer=True), dtype="float32", max_batch=5, max_pass_tokens=12
-    )
+    decoder = decoder_of(way, save(model, tmp_path, tokenizer=False))
+    engine = Engine(decoder, max_batch=5, max_pass_tokens=12, cache_gib=0.25)
     requests = random_requests(random.Random(f"{family} against the reference"))
     prompts, plans = [prompt for prompt, _, _ in requests], [plan for _, plan, _ in requests]
     greedy = engine.generate(prompts, [Sampling(max_new_tokens=n) for *_, n in requests], plans)

@@ -16,7 +16,7 @@ from shoal import Dense, DepthPlan, Engine, Sampling, SkipDecode
 from shoal.depth.checkpoint import TunedDepth
 from shoal.depth.plan import ALWAYS
 from shoal.errors import CheckpointError, InvalidInput, InvalidPlan, InvalidPrompt
-from shoal.models.decoder import Decoder
+from shoal.models.executor import Executor
 
 SHORT = Sampling(max_new_tokens=4, ignore_eos=True)
 Make = Callable[..., Engine]
@@ -141,7 +141,7 @@ def test_past_the_horizon_is_said(engine: Engine) -> None:
     assert not engine.generate([1, 2], Sampling(max_new_tokens=9, ignore_eos=True), Dense())[0].past_horizon
 
 
-def test_a_checkpoint_fills_open_fields(decoder: Decoder) -> None:
+def test_a_checkpoint_fills_open_fields(decoder: Executor) -> None:
     """`depth_plan.json` gives horizon and warm-up where the policy leaves them open."""
     tuned = Engine(decoder, tuned=TunedDepth(horizon=4, warmup_layers=2), max_batch=1, cache_gib=0.1)
     plain = Engine(decoder, max_batch=1, cache_gib=0.1)
@@ -152,7 +152,7 @@ def test_a_checkpoint_fills_open_fields(decoder: Decoder) -> None:
     assert plain.generate([1, 2], sampling, SkipDecode(depth=2 / 3))[0].ledger != told.ledger
 
 
-def test_an_engine_without_a_tokenizer(decoder: Decoder) -> None:
+def test_an_engine_without_a_tokenizer(decoder: Executor) -> None:
     engine = Engine(decoder, max_batch=1, cache_gib=0.1)
     generation = engine.generate([1, 2], SHORT)[0]
     assert (len(generation.token_ids), generation.text) == (4, "")

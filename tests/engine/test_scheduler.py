@@ -11,6 +11,8 @@ from shoal.depth.plan import ALWAYS, DepthPlan
 from shoal.errors import CacheBudgetExceeded, InvalidInput
 
 Make = Callable[..., Engine]
+BLOCK_BYTES = 16 * 2 * 3 * 8 * 4
+"""16 positions, keys and values, 3 heads of 8, float32."""
 
 
 def passes_until_end(engine: Engine) -> dict[int, int]:
@@ -57,7 +59,7 @@ def test_one_row_at_least_is_free_for_prompts(make_engine: Make) -> None:
 def test_first_come_first_served_under_the_budget(make_engine: Make) -> None:
     """A small request behind a large one waits with it: overtaking could keep the large one out for ever."""
     blocks = 12
-    engine = make_engine(max_batch=4, cache_gib=blocks * 16 * 2 * 2 * 12 * 4 / 2**30)
+    engine = make_engine(max_batch=4, cache_gib=blocks * BLOCK_BYTES / 2**30)
     assert engine.runner.cache.budget_blocks == blocks
     sampling = Sampling(max_new_tokens=4, ignore_eos=True)
     (first,) = engine.add([1], sampling)  # 6 layers, 1 block each
@@ -69,7 +71,7 @@ def test_first_come_first_served_under_the_budget(make_engine: Make) -> None:
 
 def test_retired_layers_make_room(make_engine: Make) -> None:
     """Five of six layers retire after a pass: three such requests run where dense ones would wait for each other."""
-    engine = make_engine(max_batch=4, cache_gib=12 * 16 * 2 * 2 * 12 * 4 / 2**30)
+    engine = make_engine(max_batch=4, cache_gib=12 * BLOCK_BYTES / 2**30)
     sampling = Sampling(max_new_tokens=6, ignore_eos=True)
     shallow = DepthPlan((ALWAYS, 0, 0, 0, 0, 0))
     first = [engine.add([1], sampling, shallow)[0] for _ in range(2)]  # 12 blocks in the first pass, then 2
@@ -80,7 +82,7 @@ def test_retired_layers_make_room(make_engine: Make) -> None:
 
 
 def test_a_request_beyond_the_budget_is_told_what_fits(make_engine: Make) -> None:
-    engine = make_engine(cache_gib=12 * 16 * 2 * 2 * 12 * 4 / 2**30)
+    engine = make_engine(cache_gib=12 * BLOCK_BYTES / 2**30)
     message = r"10 prompt tokens \+ 40 new tokens need 24 cache blocks .*budget is 12 .*: max_new_tokens=23 would fit"
     with pytest.raises(CacheBudgetExceeded, match=message):
         engine.generate([1] * 10, Sampling(max_new_tokens=40))

@@ -14,10 +14,12 @@ from types import SimpleNamespace
 
 import pytest
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from shoal import Engine, Generation, Sampling, SkipDecode
 from shoal.engine.request import Chunk
 from shoal.errors import InvalidInput, ShoalError
+from shoal.models.decoder import Decoder
 
 PROMPTS = [[5, 9, 30], [7] * 20, [61]]
 LONG = Sampling(max_new_tokens=150, ignore_eos=True)
@@ -248,16 +250,18 @@ def test_interrupted_in_the_middle_of_a_pass(make_engine: Make) -> None:
     assert_idle(engine)
 
 
-def test_an_error_of_the_decoder_leaves_the_engine_usable(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As when memory runs out: the call fails, its requests are gone, the next call works."""
+def test_an_error_of_the_decoder_leaves_the_engine_usable(
+    plain_decoder: Decoder, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when memory runs out in the middle of a pass: the call fails, its requests are gone, the next call works."""
+    engine = Engine(plain_decoder, tokenizer, cache_gib=0.25)
     expected = expected_of(engine)
 
     def fail(*args: object) -> Tensor:
         raise RuntimeError("out of memory")
 
-    layer = engine.runner.decoder.layers[2]
     with monkeypatch.context() as patch:
-        patch.setattr(type(layer), "mlp", fail)
+        patch.setattr(plain_decoder.layers[2], "mlp", fail)
         with pytest.raises(RuntimeError, match="out of memory"):
             engine.generate(PROMPTS, SHORT)
     assert_idle(engine)

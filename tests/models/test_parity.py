@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from near_ties import assert_same_tokens_up_to_near_ties
 from shoal import Engine, Generation, Sampling
 from shoal.errors import InvalidPrompt
 from shoal.models.families import FAMILIES, PLAIN, Family
+from ways import WAYS, decoder_of
 
 NUM_ROWS, NUM_NEW_TOKENS = 16, 64
 
@@ -68,13 +70,14 @@ def assert_parity(engine: Engine, model: PreTrainedModel, prompts: list[list[int
     return largest
 
 
-@pytest.fixture(scope="module", params=VARIANTS)
+@pytest.fixture(scope="module", params=itertools.product(VARIANTS, WAYS), ids="-".join)
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Engine, PreTrainedModel]:
-    """An engine and transformers' model, for every family and for the options that change what is computed."""
-    family, options = VARIANTS[request.param]
+    """An engine and transformers' model, for every family and for the options that change what is computed, each way."""
+    variant, way = request.param
+    family, options = VARIANTS[variant]
     model = tiny_model(family, **options)
-    directory = save(model, tmp_path_factory.mktemp(request.param), tokenizer=True)
-    return Engine.from_pretrained(directory, dtype="float32"), model
+    directory = save(model, tmp_path_factory.mktemp(variant), tokenizer=False)
+    return Engine(decoder_of(way, directory), cache_gib=0.25), model
 
 
 def test_prefill_and_cached_decode_logits(pair: tuple[Engine, PreTrainedModel]) -> None:

@@ -67,7 +67,8 @@ PromptLayers = Annotated[
     option("Depth", "Layers that the prompt runs: all, or only those of the first generated token."),
 ]
 Dtype = Annotated[
-    Literal["auto", "float32", "bfloat16", "float16"], option("Model", "Of the weights; auto: the checkpoint's.")
+    Literal["auto", "float32", "bfloat16", "float16", "int8"],
+    option("Model", "Of the weights; auto: the checkpoint's; int8: 8-bit products, on CPUs."),
 ]
 Revision = Annotated[str | None, option("Model", "Branch, tag or commit of a hub id.")]
 Token = Annotated[str | None, option("Model", "Access token for the hub.", envvar="HF_TOKEN", show_default=False)]

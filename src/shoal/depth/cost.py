@@ -103,7 +103,8 @@ def bytes_moved(shape: ModelShape, *, layers_read: int, cached_positions: int, h
     Args: `cached_positions`: positions read (of earlier passes) and written (of this one), summed over rows and layers.
     """
     weights = layers_read * shape.layer_weights + shape.head_weights * head
-    return (weights + cached_positions * shape.cache_values_per_token) * shape.bytes_per_value
+    cached = cached_positions * shape.cache_values_per_token
+    return weights * shape.bytes_per_weight + cached * shape.bytes_per_value
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,7 +30,14 @@ class ModelShape:
     vocab_size: int
     """Rows of the language-model head."""
     bytes_per_value: int = 4
-    """Bytes of one weight and of one cached value (4 for float32, 2 for bfloat16 and float16)."""
+    """Bytes of one cached value, and of one weight unless it is quantised (4 for float32, 2 for bfloat16 and float16)."""
+    quantized: bool = False
+    """Whether the weights of products are held in int8."""
+
+    @property
+    def bytes_per_weight(self) -> int:
+        """Bytes of one weight that takes part in products; the scales of quantised rows are left out, they are below 0.3%."""
+        return 1 if self.quantized else self.bytes_per_value
 
     @property
     def layer_weights(self) -> int:

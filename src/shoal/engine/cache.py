@@ -42,7 +42,8 @@ class KVCache:
         self.max_positions = 0
         self.lazy = device.type == "cpu" and hasattr(mmap, "MADV_DONTNEED")  # Windows has no madvise
         self._arenas: dict[int, mmap.mmap] = {}
-        nothing = torch.empty(num_slots, shape.num_kv_heads, 0, shape.head_dim, dtype=dtype, device=device)
+        # One slot more than requests can have: CUDA graphs write there for rows that a layer does not serve.
+        nothing = torch.empty(num_slots + 1, shape.num_kv_heads, 0, shape.head_dim, dtype=dtype, device=device)
         self.keys: list[Tensor] = [nothing] * shape.num_layers
         self.values: list[Tensor] = [nothing] * shape.num_layers
 
@@ -64,7 +65,7 @@ class KVCache:
     def reserve(self, num_positions: int) -> None:
         """Make every slot able to hold `num_positions`; what is cached is kept.
 
-        Capacity follows the longest request, since `num_keys_to_read` reads up to it, and shrinks when the cache is idle.
+        Capacity follows the longest request, since attention may read slots to their end, and shrinks when the cache is idle.
         """
         capacity = BLOCK_TOKENS * self._blocks_per_slot(num_positions)
         idle = len(self.free_slots) == self.num_slots
@@ -83,17 +84,8 @@ class KVCache:
 
     def fits_slots(self, num_positions: int) -> bool:
         """Whether slots of `num_positions` stay within the budget where they are allocated whole (not on CPUs)."""
-        whole = self.num_slots * self.shape.num_layers * self._blocks_per_slot(num_positions)
+        whole = (self.num_slots + 1) * self.shape.num_layers * self._blocks_per_slot(num_positions)
         return self.lazy or whole <= self.budget_blocks
-
-    def num_keys_to_read(self, num_keys: int) -> int:
-        """How many positions of a slot attention should read to see the first `num_keys`; the rest is masked.
-
-        oneDNN copies operands whose batches do not lie densely behind each other, which costs more than reading a slot to its
-        end (`docs/log.md`), unless that is more than twice as long. Float32 products are done without oneDNN and without a copy.
-        """
-        whole = self.device.type == "cpu" and self.dtype != torch.float32 and self.max_positions <= 2 * num_keys
-        return self.max_positions if whole else num_keys
 
     def acquire(self) -> int:
         """Take a free slot, the lowest, so that rows which run together lie together."""
@@ -108,8 +100,10 @@ class KVCache:
         """
         before, now = self.num_blocks[slots], -(-num_positions // BLOCK_TOKENS)
         self.num_blocks[slots] = now
-        for row, layer in np.argwhere((now == 0) & (before > 0)).tolist():
-            self._hand_back(int(slots[row]), layer)
+        gone = before > now * before  # held before, and nothing now
+        if gone.any():
+            for row, layer in np.argwhere(gone).tolist():
+                self._hand_back(int(slots[row]), layer)
 
     def release(self, slot: int, *, poisoned: bool = False) -> None:
         """End a slot's use. `poisoned`: its values may be NaN, which would leak through masked products, so wipe them."""
@@ -144,7 +138,7 @@ class KVCache:
         return new
 
     def _allocate(self, capacity: int) -> Tensor:
-        size = (self.num_slots, self.shape.num_kv_heads, capacity, self.shape.head_dim)
+        size = (self.num_slots + 1, self.shape.num_kv_heads, capacity, self.shape.head_dim)
         if not self.lazy:
             return torch.zeros(size, dtype=self.dtype, device=self.device)
         arena = mmap.mmap(-1, int(np.prod(size)) * self.dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

@@ -25,11 +25,13 @@ from shoal.engine.ledger import EngineStats
 from shoal.engine.request import Chunk, Generation, Request
 from shoal.engine.runner import Runner, free_bytes
 from shoal.engine.sampling import Sampling
+from shoal.engine.step_time import StepTime
 from shoal.engine.text import TextStream
 from shoal.errors import InvalidInput, ShoalError
 from shoal.models.checkpoint import load_checkpoint, load_tokenizer
-from shoal.models.decoder import Decoder
 from shoal.models.directory import resolve
+from shoal.models.executor import Executor, make_decoder
+from shoal.models.memory import drop_freed
 from shoal.models.weights import DecoderConfig
 
 
@@ -38,7 +40,7 @@ class Engine:
 
     def __init__(
         self,
-        decoder: Decoder,
+        decoder: Executor,
         tokenizer: Any = None,
         *,
         tuned: TunedDepth | None = None,
@@ -84,7 +86,8 @@ class Engine:
         """Load a checkpoint directory or a hub id.
 
         Args:
-            dtype: "auto" (the checkpoint's), "float32", "bfloat16" or "float16".
+            dtype: "auto" (the checkpoint's), "float32", "bfloat16", "float16", or "int8": products with 8-bit weights (CPU only),
+                everything else in bfloat16.
             device: "cpu", "cuda" or "cuda:1".
             threads: CPU threads of this process's tensor operations; None leaves PyTorch's choice.
             revision, token: of a hub id.
@@ -98,10 +101,13 @@ class Engine:
             torch.set_num_threads(threads)
         check_sizes(max_batch=max_batch, max_pass_tokens=max_pass_tokens, cache_gib=cache_gib)
         directory = resolve(os.fspath(path), revision=revision, token=token)
-        config, weights = load_checkpoint(directory, dtype=dtype, device=device)  # layers are read last, by `Decoder`
+        config, weights = load_checkpoint(directory, dtype=dtype, device=device)  # layers are read last, by the decoder
         tokenizer, tuned = load_tokenizer(directory), TunedDepth.load(directory)
+        decoder = make_decoder(config, weights)
+        del weights
+        drop_freed()
         return cls(
-            Decoder(config, weights),
+            decoder,
             tokenizer,
             tuned=tuned,
             max_batch=max_batch,
@@ -118,6 +124,11 @@ class Engine:
     def stats(self) -> EngineStats:
         """Costs that requests share, since the last `stats.reset()`."""
         return self.runner.stats
+
+    @property
+    def step_time(self) -> StepTime:
+        """What passes take on this machine, learnt from those that have run: `predict` one, `forecast` a request."""
+        return self.runner.step_time
 
     @property
     def has_work(self) -> bool:

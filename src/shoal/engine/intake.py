@@ -13,11 +13,11 @@ from typing import Any, TypeVar
 from shoal.depth.checkpoint import TunedDepth
 from shoal.depth.plan import Dense, DepthPlan, DepthPolicy
 from shoal.depth.skipdecode import SkipDecode
-from shoal.engine.batch import Ints
 from shoal.engine.cache import KVCache
 from shoal.engine.sampling import Sampling
 from shoal.engine.slots import future_blocks
 from shoal.errors import CacheBudgetExceeded, InvalidInput, InvalidPlan, InvalidPrompt
+from shoal.models.passes import Ints
 from shoal.models.weights import DecoderConfig
 
 Prompt = str | Sequence[int]

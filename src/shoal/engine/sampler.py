@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,12 +31,9 @@ def sample(logits: Tensor, requests: Sequence[Request]) -> list[Sampled | Reques
 
     Args: logits [R, V] in the model's dtype, one row per request.
     """
-    # `max`, not `argmax`: the same index, seven times faster in bfloat16 on CPUs. NaN beats every number, so a finite maximum
-    # means that nothing is NaN or +inf.
-    largest, best = logits.max(dim=-1)
-    finite = largest.isfinite().tolist()
+    best, finite = greedy(logits)
     tokens: list[Sampled | RequestFailed] = []
-    for row, (request, greedy) in enumerate(zip(requests, best.tolist(), strict=True)):
+    for row, (request, most_probable) in enumerate(zip(requests, best, strict=True)):
         if not finite[row]:
             where = f"prompt {request.index}, after {len(request.output)} new tokens"
             tokens.append(
@@ -43,13 +41,27 @@ def sample(logits: Tensor, requests: Sequence[Request]) -> list[Sampled | Reques
             )
             continue
         try:
-            token = greedy if request.sampling.plain_greedy else choose(logits[row].float(), request)
+            token = most_probable if request.sampling.plain_greedy else choose(logits[row].float(), request)
         except RequestFailed as error:
             tokens.append(error)
             continue
         num_top = request.sampling.logprobs
         tokens.append(Sampled(token, None if num_top is None else token_logprobs(logits[row].float(), token, num_top)))
     return tokens
+
+
+def greedy(logits: Tensor) -> tuple[list[int], list[bool]]:
+    """The largest of each row of logits [R, V], the first of equal ones, and whether it is finite.
+
+    NaN beats every number, so a finite maximum means that nothing is NaN or +inf.
+    """
+    if logits.device.type == "cpu" and logits.dtype == torch.float32:
+        values = logits.numpy()  # its argmax is ten times faster than PyTorch's
+        best = values.argmax(axis=1)
+        return best.tolist(), np.isfinite(values[np.arange(len(best)), best]).tolist()
+    # `max`, not `argmax`: the same index, seven times faster in bfloat16 on CPUs.
+    largest, indices = logits.max(dim=-1)
+    return indices.tolist(), largest.isfinite().tolist()
 
 
 def choose(logits: Tensor, request: Request) -> int:

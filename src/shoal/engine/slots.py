@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from shoal.depth.cost import cache_blocks_by_pass
 from shoal.depth.plan import DepthPlan
 from shoal.depth.shape import ModelShape
-from shoal.engine.batch import Ints, Rows
+from shoal.engine.batch import Rows
 from shoal.engine.ledger import Ledger
 from shoal.engine.request import Request
+from shoal.models.passes import Ints
 
 
 class SlotTable:
@@ -70,17 +71,22 @@ class SlotTable:
 
     def served(self, slots: Ints, num_tokens: Ints) -> Ints:
         """[R, L]: how many of each row's next `num_tokens` [R] each layer serves. They are leading ones: clocks only rise."""
-        num_prompt = np.clip(self.prompt_tokens[slots] - self.num_computed[slots], 0, num_tokens)
-        decode = np.clip(self.cutoffs[slots] - self.clock(slots)[:, None], 0, (num_tokens - num_prompt)[:, None])
-        served: Ints = np.where(self.runs_prompt[slots], num_prompt[:, None], 0) + decode
+        cutoffs, clock = self.cutoffs[slots], self.num_computed[slots] - self.prompt_tokens[slots]
+        if (clock >= 0).all():
+            served: Ints = np.minimum(np.maximum(cutoffs - clock[:, None], 0), num_tokens[:, None])
+            return served
+        num_prompt = np.minimum(np.maximum(-clock, 0), num_tokens)
+        decode = np.minimum(np.maximum(cutoffs - np.maximum(clock, 0)[:, None], 0), (num_tokens - num_prompt)[:, None])
+        served = np.where(self.runs_prompt[slots], num_prompt[:, None], 0) + decode
         return served
 
     def record(self, rows: Rows) -> None:
         """Note that a pass ran these rows."""
         decode = self.decodes(rows).astype(np.int64)
-        self.layer_tokens[rows.slots, decode] += rows.served.sum(axis=1)
-        pairs = rows.served * rows.starts[:, None] + rows.served * (rows.served + 1) // 2
-        self.layer_pairs[rows.slots, decode] += pairs.sum(axis=1)
+        layer_tokens = rows.served.sum(axis=1)
+        among_new = (rows.served * (rows.served + 1)).sum(axis=1) // 2  # token t of the new ones sees t of them
+        self.layer_tokens[rows.slots, decode] += layer_tokens
+        self.layer_pairs[rows.slots, decode] += layer_tokens * rows.starts + among_new
         self.num_computed[rows.slots] += rows.num_tokens
 
     def decodes(self, rows: Rows) -> NDArray[np.bool_]:

@@ -6,31 +6,31 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from shoal.models.passes import LayerWork, Run
+from shoal.models.layout import Layout, Run
 
 
-def attend(queries: Tensor, keys: Tensor, values: Tensor, work: LayerWork) -> Tensor:
+def attend(queries: Tensor, keys: Tensor, values: Tensor, layout: Layout) -> Tensor:
     """Causal attention, grouped queries included.
 
     Args:
         queries: [A, H_q, D], the layer's active tokens; their keys and values are in the cache already.
         keys, values: [slots, H_kv, S, D], one layer's cache.
-        work: which slots and positions the tokens belong to.
+        layout: which slots and positions the tokens belong to.
 
     Returns [A, H_q * D].
     """
-    if work.slot_order is not None:
-        queries = queries[work.slot_order]
+    if layout.slot_order is not None:
+        queries = queries[layout.slot_order]
     out = torch.empty_like(queries)
-    for run in work.runs:
+    for run in layout.runs:
         last = run.first_token + run.num_rows * run.tokens_per_row
         q = queries[run.first_token : last]
         k = keys[run.first_slot : run.first_slot + run.num_rows]
         v = values[run.first_slot : run.first_slot + run.num_rows]
         decode = run.tokens_per_row == 1
         out[run.first_token : last] = _attend_one(q, k, v, run) if decode else _attend_many(q, k, v, run)
-    if work.slot_order is not None:
-        out = torch.empty_like(out).index_copy_(0, work.slot_order, out)
+    if layout.slot_order is not None:
+        out = torch.empty_like(out).index_copy_(0, layout.slot_order, out)
     return out.flatten(1)
 
 

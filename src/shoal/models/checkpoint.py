@@ -14,6 +14,7 @@ from torch import Tensor
 from shoal.errors import CheckpointError, InvalidInput, nearest
 from shoal.models.directory import read_config, resolve
 from shoal.models.families import Family, configure
+from shoal.models.memory import drop_mapped
 from shoal.models.tensors import TensorFiles
 from shoal.models.weights import DecoderConfig, DecoderWeights, LayerWeights, LinearWeights, NormWeights
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """Dtypes that a checkpoint can be loaded in, by name."""
+INT8 = "int8"
+"""Name of the dtype that quantises the weights of products to int8 as they are packed; all else is bfloat16."""
 TABLES = re.compile(r"(rotary_emb\.inv_freq|(attn|attention)\.(masked_)?bias|decoder\.version)$")
 """What old checkpoints store beside their weights: frequencies and masks, which the decoder makes itself."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -43,7 +46,7 @@ def load_checkpoint(
     never a second whole copy.
 
     Args: `path_or_hub_id`, `revision` and `token` as in `directory.resolve`; `dtype` is `"float32"`, `"bfloat16"`,
-    `"float16"`, or `"auto"` for that of the stored weights.
+    `"float16"`, `"int8"` (bfloat16 weights that the decoder quantises), or `"auto"` for that of the stored weights.
     Raises `CheckpointError` (also as `UnsupportedArchitecture`, `PickledCheckpoint`) with the file and the tensor's
     name; `InvalidInput` for an unknown dtype or a device that is not there.
     """
@@ -86,8 +89,13 @@ def read_sizes(directory: Path, *, dtype: str = "auto") -> tuple[DecoderConfig, 
     """
     raw = read_config(directory)
     name = (raw.get("dtype") or raw.get("torch_dtype")) if dtype == "auto" else dtype
-    target = DTYPES.get(str(name), torch.float32)
-    return *configure(raw, bytes_per_value=target.itemsize), target
+    target = DTYPES["bfloat16"] if dtype == INT8 else DTYPES.get(str(name), torch.float32)
+    config, family = configure(raw, bytes_per_value=target.itemsize)
+    return _quantized(config, dtype == INT8), family, target
+
+
+def _quantized(config: DecoderConfig, quantized: bool) -> DecoderConfig:
+    return replace(config, shape=replace(config.shape, quantized=quantized))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,9 +116,10 @@ class Checkpoint:
     @classmethod
     def open(cls, directory: Path, *, dtype: str = "auto") -> Checkpoint:
         """Read config.json and the headers of the weight files. Raises as `load_checkpoint` does."""
-        if dtype != "auto" and dtype not in DTYPES:
-            raise InvalidInput(f"unknown dtype {dtype!r}: {nearest(dtype, [*DTYPES, 'auto'])}")
+        if dtype not in ("auto", INT8, *DTYPES):
+            raise InvalidInput(f"unknown dtype {dtype!r}: {nearest(dtype, [*DTYPES, INT8, 'auto'])}")
         config, family = configure(read_config(directory))
+        config, dtype = _quantized(config, dtype == INT8), "bfloat16" if dtype == INT8 else dtype
         files = TensorFiles(directory)
         parts = family.prefix.split(".")
         prefixes = [".".join(parts[start:]) for start in range(len(parts))]
@@ -218,6 +227,7 @@ class _Reader:
             stored = (width_in, part.shape[0]) if self.family.transposed else tuple(part.shape)
             source = self.view(f"{at}{name}.weight", *stored)
             part.copy_(self.ordered(source.T if self.family.transposed else source, by_head=by_head))
+            drop_mapped(source)
         if biases is not None:
             for name, part in zip(names, torch.split(biases, rows), strict=True):
                 part.copy_(self.ordered(self.view(f"{at}{name}.bias", *part.shape), by_head=by_head))
@@ -239,7 +249,10 @@ class _Reader:
         return self.files.read(name, shape)
 
     def copy(self, name: str, *shape: int) -> Tensor:
-        return self.empty(*shape).copy_(self.view(name, *shape))
+        source = self.view(name, *shape)
+        copied = self.empty(*shape).copy_(source)
+        drop_mapped(source)
+        return copied
 
     def empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self.dtype, device=self.device)

@@ -8,31 +8,22 @@ Letters: N tokens in the pass, A active in a layer, d hidden size, H_q and H_kv 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from shoal.models.attention import attend
+from shoal.models.layout import Layout, lay_out, on
 from shoal.models.linear import Linear, activate
-from shoal.models.passes import LayerWork, Pass
+from shoal.models.native.attention import NativeAttention
+from shoal.models.native.library import Library
+from shoal.models.passes import LayerCaches, Pass
 from shoal.models.weights import DecoderConfig, DecoderWeights, LayerWeights, NormWeights, Rotary
 
-
-class LayerCaches(Protocol):
-    """Where the decoder finds each layer's keys and values."""
-
-    @property
-    def keys(self) -> Sequence[Tensor]:
-        """Per layer [slots, H_kv, S, D]."""
-        ...
-
-    @property
-    def values(self) -> Sequence[Tensor]:
-        """Per layer [slots, H_kv, S, D]."""
-        ...
+Attend = Callable[[Tensor], Tensor]
+"""From qkv [A, (H_q + 2 H_kv) D] of a layer's active tokens to their attention [A, H_q D]; the cache has them afterwards."""
 
 
 class Norm:
@@ -82,40 +73,39 @@ class DecoderLayer:
         self.gated = shape.gated_mlp
         self.activation = config.activation
         self.attention_norm = Norm(weights.attention_norm, config)
-        self.qkv = Linear(weights.qkv)
+        quantized = shape.quantized
+        self.qkv = Linear(weights.qkv, quantized=quantized)
         self.q_norm = Norm(weights.q_norm, config) if weights.q_norm else None
         self.k_norm = Norm(weights.k_norm, config) if weights.k_norm else None
-        self.out = Linear(weights.out)
+        self.out = Linear(weights.out, quantized=quantized)
         self.mlp_norm = Norm(weights.mlp_norm, config)
-        self.up = Linear(weights.up, "none" if self.gated else config.activation)
-        self.down = Linear(weights.down)
+        self.up = Linear(weights.up, "none" if self.gated else config.activation, quantized=quantized)
+        self.down = Linear(weights.down, quantized=quantized)
         self.num_tokens_run = 0  # counted here, where the products run, to hold the planned counts against
 
-    def __call__(
-        self, x: Tensor, work: LayerWork, keys: Tensor, values: Tensor, cos_sin: tuple[Tensor, Tensor] | None
-    ) -> None:
-        """Add the layer's output to x [A, d] in place, and write its keys and values into the cache."""
+    def __call__(self, x: Tensor, attend_heads: Attend) -> None:
+        """Add the layer's output to x [A, d] in place; `attend_heads` writes its keys and values into the cache."""
         self.num_tokens_run += x.shape[0]
-        attention = self.attention(self.attention_norm(x), work, keys, values, cos_sin)
+        attention = self.out(attend_heads(self.qkv(self.attention_norm(x))))
         if self.parallel_residual:
             x.add_(attention + self.mlp(self.mlp_norm(x)))
         else:
             x.add_(attention)
             x.add_(self.mlp(self.mlp_norm(x)))
 
-    def attention(
-        self, x: Tensor, work: LayerWork, keys: Tensor, values: Tensor, cos_sin: tuple[Tensor, Tensor] | None
+    def attend(
+        self, qkv: Tensor, layout: Layout, keys: Tensor, values: Tensor, cos_sin: tuple[Tensor, Tensor] | None
     ) -> Tensor:
-        """Self-attention of normed x [A, d] over the cache, to [A, d]."""
-        heads = self.qkv(x).view(-1, sum(self.head_split), self.head_dim)
+        """Self-attention over the cache, from qkv [A, (H_q + 2 H_kv) D] to [A, H_q D]."""
+        heads = qkv.view(-1, sum(self.head_split), self.head_dim)
         q, k, v = torch.split(heads, self.head_split, dim=1)
         if self.q_norm and self.k_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if cos_sin is not None:
             q, k = rotate(q, *cos_sin), rotate(k, *cos_sin)
-        keys[work.slots, :, work.positions] = k
-        values[work.slots, :, work.positions] = v
-        return self.out(attend(q, keys, values, work))
+        keys[layout.slots, :, layout.positions] = k
+        values[layout.slots, :, layout.positions] = v
+        return attend(q, keys, values, layout)
 
     def mlp(self, x: Tensor) -> Tensor:
         """MLP of normed x [A, d], to [A, d]."""
@@ -127,10 +117,13 @@ class DecoderLayer:
 
 
 class Decoder:
-    """A decoder-only transformer of any supported family."""
+    """A decoder-only transformer of any supported family, by PyTorch's operations."""
 
-    def __init__(self, config: DecoderConfig, weights: DecoderWeights) -> None:
-        """Takes the weights over: packed products replace plain matrices, so drop `weights` afterwards."""
+    def __init__(self, config: DecoderConfig, weights: DecoderWeights, library: Library | None = None) -> None:
+        """Takes the weights over: packed products replace plain matrices, so drop `weights` afterwards.
+
+        `library`: the CPU kernel, which then does the attention of decode passes.
+        """
         self.config = config
         self.embedding = weights.embedding
         self.position_table = weights.positions
@@ -138,8 +131,15 @@ class Decoder:
         self.device = weights.embedding.device
         self.rotary = RotaryTable(config.rotary, self.device) if config.rotary else None
         self.layers = [DecoderLayer(layer, config) for layer in weights.layers]
+        self.native_attention: NativeAttention | None = None
+        if library:
+            norms = [
+                (layer.q_norm.weight if layer.q_norm else None, layer.k_norm.weight if layer.k_norm else None)
+                for layer in self.layers
+            ]
+            self.native_attention = NativeAttention(config, self.dtype, norms, library)
         self.final_norm = Norm(weights.final_norm, config)
-        self.head = Linear(weights.head)
+        self.head = Linear(weights.head, quantized=config.shape.quantized)
 
     @torch.inference_mode()
     def __call__(self, work: Pass, cache: LayerCaches) -> Tensor:
@@ -148,22 +148,39 @@ class Decoder:
         Returns logits [len(work.logit_tokens), V] in the model's dtype; the keys and values of every (layer, token) that ran
         are in `cache` afterwards.
         """
-        x = F.embedding(work.token_ids, self.embedding)
+        positions = on(self.device, work.positions)
+        x = F.embedding(on(self.device, work.token_ids), self.embedding)
         if self.position_table is not None:
-            x += F.embedding(work.positions + self.config.position_offset, self.position_table)
-        cos_sin = self.rotary(work.positions, self.dtype) if self.rotary else None
+            x += F.embedding(positions + self.config.position_offset, self.position_table)
 
+        attention = self._attention(work, cache, positions)
         for index, (layer, active) in enumerate(zip(self.layers, work.layers, strict=True)):
             if active is None:
                 continue
-            keys, values = cache.keys[index], cache.values[index]
+            attend_heads = attention(index)
             if active.select is None:  # the leading tokens: a view, updated in place
-                here = None if cos_sin is None else (cos_sin[0][: active.num_tokens], cos_sin[1][: active.num_tokens])
-                layer(x[: active.num_tokens], active, keys, values, here)
+                layer(x[: active.num_tokens], attend_heads)
             else:
-                here = None if cos_sin is None else (cos_sin[0][active.select], cos_sin[1][active.select])
-                picked = x[active.select]
-                layer(picked, active, keys, values, here)
-                x[active.select] = picked
+                select = on(self.device, active.select)
+                picked = x[select]
+                layer(picked, attend_heads)
+                x[select] = picked
 
-        return self.head(self.final_norm(x[work.logit_tokens]))
+        return self.head(self.final_norm(x[on(self.device, work.logit_tokens)]))
+
+    def _attention(self, work: Pass, cache: LayerCaches, positions: Tensor) -> Callable[[int], Attend]:
+        """Each layer's attention: by the kernel where there is one and every row brings one token, else by PyTorch."""
+        distinct = {id(active): active for active in work.layers if active is not None}
+        if self.native_attention and all(active.num_tokens == len(active.spans) for active in distinct.values()):
+            return self.native_attention.begin(work, cache)
+
+        layouts = {key: lay_out(active, cache.keys[0]) for key, active in distinct.items()}
+        cos_sin = self.rotary(positions, self.dtype) if self.rotary else None
+
+        def of_layer(index: int) -> Attend:
+            layout = layouts[id(work.layers[index])]
+            chosen = slice(layout.num_tokens) if layout.select is None else layout.select
+            here = None if cos_sin is None else (cos_sin[0][chosen], cos_sin[1][chosen])
+            return lambda qkv: self.layers[index].attend(qkv, layout, cache.keys[index], cache.values[index], here)
+
+        return of_layer

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from shoal.models.weights import LinearWeights
+from shoal.models.weights import LinearWeights, quantize
 
 Activation = Literal["none", "relu", "gelu", "gelu_tanh", "silu"]
 
@@ -55,14 +55,21 @@ def can_pack(weight: Tensor) -> bool:
 class Linear:
     """`activation(x @ weight.T + bias)` for a fixed weight."""
 
-    def __init__(self, weights: LinearWeights, activation: Activation = "none") -> None:
-        """Packs `weights.weight` [out, in] where the machine can; the plain matrix is then no longer held here."""
+    def __init__(self, weights: LinearWeights, activation: Activation = "none", *, quantized: bool = False) -> None:
+        """Packs `weights.weight` [out, in] where the machine can; the plain matrix is then no longer held here.
+
+        `quantized`: hold it in int8 with a scale per row; x has to be bfloat16 then.
+        """
         self.out_features, self.in_features = weights.weight.shape
         self.bias = weights.bias
         self.activation = activation
-        self.packed = can_pack(weights.weight)
         self.weight = weights.weight
-        if self.packed:
+        self.scale: Tensor | None = None
+        self.packed = not quantized and can_pack(weights.weight)
+        if quantized:
+            self.weight, scale = quantize(weights.weight)
+            self.scale = scale.to(weights.weight.dtype)
+        elif self.packed:
             self.weight = torch.ops.mkldnn._reorder_linear_weight(weights.weight.contiguous(), PACK_ROWS)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -71,4 +78,7 @@ class Linear:
             name, algorithm = _ONEDNN_ACTIVATION[self.activation]
             product: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, name, [], algorithm)
             return product
-        return activate(F.linear(x, self.weight, self.bias), self.activation)
+        if self.scale is None:
+            return activate(F.linear(x, self.weight, self.bias), self.activation)
+        product = torch._weight_int8pack_mm(x, self.weight, self.scale)
+        return activate(product if self.bias is None else product + self.bias, self.activation)

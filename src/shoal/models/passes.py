@@ -8,63 +8,59 @@ layer, R rows. Example with three rows at different clocks, one token each, and 
     layer 3  x x x    x   x   x         A = 6: everything
     layer 2  x x x    x   x   .         A = 5: a leading slice
     layer 1  x x x    .   x   .         A = 4: not leading (two plan families met), picked by index
+
+Everything here is host memory: a decoder takes to its device what it needs there.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class Run:
-    """Rows whose cache slots are neighbours and that bring equally many tokens: one attention call reads their cache in place."""
-
-    first_token: int
-    """Index of the run's first token among the layer's active tokens in slot order."""
-    num_rows: int
-    """Rows in the run."""
-    tokens_per_row: int
-    """Tokens that each row brings."""
-    first_slot: int
-    """Cache slot of the first row; the others follow."""
-    num_keys: int
-    """Cached positions that the longest row reads, its own tokens included."""
-    bias: Tensor | None
-    """[num_rows, 1, tokens_per_row, num_keys] in the model's dtype, 0 where a token may look and -inf elsewhere; None where every
-    token sees every key, or where `causal` says it all."""
-    causal: bool
-    """Every row starts at position 0: plain causal attention."""
+Ints = NDArray[np.int64]
 
 
-@dataclass(frozen=True)
+class LayerCaches(Protocol):
+    """Where a decoder finds each layer's keys and values. The last slot belongs to no request."""
+
+    @property
+    def keys(self) -> Sequence[Tensor]:
+        """Per layer [slots, H_kv, S, D]."""
+        ...
+
+    @property
+    def values(self) -> Sequence[Tensor]:
+        """Per layer [slots, H_kv, S, D]."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
 class LayerWork:
     """The tokens that one layer serves in a pass. Layers that serve the same tokens share one object."""
 
     num_tokens: int
     """A."""
-    select: Tensor | None
-    """int64 [A], indices of the active tokens; None where they are the leading A."""
-    slots: Tensor
-    """int64 [A], cache slot of each active token."""
-    positions: Tensor
-    """int64 [A], position of each active token in its sequence."""
-    slot_order: Tensor | None
-    """int64 [A], the active tokens in the order of their slots, so that runs are as long as can be; None where they stand so."""
-    runs: tuple[Run, ...]
-    """Attention calls, covering the active tokens in slot order."""
+    select: Ints | None
+    """[A], indices of the active tokens; None where they are the leading A."""
+    spans: Ints
+    """[active rows, 4], C-contiguous: index of the row's first token among the active ones, its number of active tokens, its cache
+    slot, the position of its first token. In the order of the tokens."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Pass:
     """Input of one forward pass."""
 
-    token_ids: Tensor
-    """int64 [N]."""
-    positions: Tensor
-    """int64 [N]."""
+    token_ids: Ints
+    """[N]."""
+    positions: Ints
+    """[N]."""
     layers: tuple[LayerWork | None, ...]
     """One per decoder layer; None where no token runs it."""
-    logit_tokens: Tensor
-    """int64, indices of the tokens whose logits are wanted (the last of each row that emits)."""
+    logit_tokens: Ints
+    """Indices of the tokens whose logits are wanted (the last of each row that emits)."""

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from shoal.depth.shape import ModelShape
@@ -99,3 +100,9 @@ class DecoderWeights:
     final_norm: NormWeights
     head: LinearWeights
     """[V, d]; shares the embedding's memory where the checkpoint ties them."""
+
+
+def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Round each row to -127..127: int8 [out, in] and float32 scale [out], with weight ~ int8 * scale."""
+    scale = weight.abs().amax(dim=1).float().clamp(min=torch.finfo(torch.float32).tiny) / 127
+    return (weight / scale.unsqueeze(1)).round_().to(torch.int8), scale

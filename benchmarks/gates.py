@@ -1,0 +1,120 @@
+"""The bounds that results have to keep, each with the number that was measured.
+
+python benchmarks/gates.py            (of results/*.json; exit status 1 if one is missed)
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from report import RESULTS, load, table
+
+OPENVINO_AT_LEAST = {1: 0.75, 8: 0.85, 32: 0.85}
+"""Our dense decoding over OpenVINO's, by batch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gate:
+    """One bound on one number."""
+
+    what: str
+    case: dict[str, Any]
+    """Of the run."""
+    value: float | None
+    """None: not measured."""
+    at_least: float | None = None
+    at_most: float | None = None
+
+    @property
+    def verdict(self) -> str:
+        """PASS, FAIL, or that there is no number."""
+        if self.value is None:
+            return "not measured"
+        kept = (self.at_least is None or self.value >= self.at_least) and (
+            self.at_most is None or self.value <= self.at_most
+        )
+        return "PASS" if kept else "FAIL"
+
+    def cells(self) -> list[str]:
+        """A row of the table."""
+        wanted = f">= {self.at_least:g}" if self.at_most is None else f"<= {self.at_most:g}"
+        measured = "-" if self.value is None else f"{self.value:.3f}"
+        return [self.what, " ".join(str(value) for value in self.case.values()), measured, wanted, self.verdict]
+
+
+def decode_gates(run: dict[str, Any]) -> Iterator[Gate]:
+    """Beside peers in bfloat16, and the gain of depth beside its bound."""
+    case, batch = run["case"], run["case"]["batch"]
+
+    def over(row: dict[str, Any] | None, label: str) -> float | None:
+        return None if row is None else float(row["over"][label]["decode"]["median"])
+
+    if case["dtype"] == "bfloat16" and "peers" in run:
+        peers = {row["peer"]: row for row in run["peers"]}
+        if batch in OPENVINO_AT_LEAST:
+            yield Gate(
+                what="dense over transformers", case=case, value=over(peers.get("transformers"), "dense"), at_least=1.8
+            )
+            least = OPENVINO_AT_LEAST[batch]
+            yield Gate(
+                what="dense over OpenVINO", case=case, value=over(peers.get("openvino"), "dense"), at_least=least
+            )
+        for name, row in peers.items():
+            yield Gate(what=f"depth 1/2 over {name}", case=case, value=over(row, "depth 1/2"), at_least=1)
+    if batch in (8, 32):
+        least_gain = min(row["gain_over_bound"] for row in run["variants"] if row["variant"].startswith("depth"))
+        yield Gate(what="gain over bound, one clock, worst depth", case=case, value=least_gain, at_least=0.9)
+
+
+def clocks_gates(run: dict[str, Any]) -> Iterator[Gate]:
+    """The gain of four plans at staggered clocks beside its bound."""
+    for row in run["variants"]:
+        if (row["plans"], row["admission"]) == ("four plans", "staggered") and "decode_gain_over_bound" in row:
+            value = row["decode_gain_over_bound"]
+            yield Gate(what="gain over bound, four plans staggered", case=run["case"], value=value, at_least=0.8)
+
+
+def memory_gates(run: dict[str, Any]) -> Iterator[Gate]:
+    """Resident memory beside weights and cache, loading beside reading."""
+    for what in ("generating", "peak"):
+        value = run[f"{what}_over_planned"]["median"]
+        yield Gate(what=f"memory over weights + cache, {what}", case=run["case"], value=value, at_most=1.15)
+    if run["case"]["dtype"] != "float32":  # which makes twice the bytes that the file has
+        yield Gate(what="loading over reading", case=run["case"], value=run["load_over_read"]["median"], at_most=2)
+
+
+GATES: dict[str, Callable[[dict[str, Any]], Iterator[Gate]]] = {
+    "decode": decode_gates,
+    "clocks": clocks_gates,
+    "memory": memory_gates,
+}
+HEADER = ("gate", "case", "measured", "wanted", "")
+
+
+def gates_of(benchmark: str, runs: Sequence[dict[str, Any]]) -> list[Gate]:
+    """Every gate that these runs answer."""
+    return [gate for run in runs for gate in GATES[benchmark](run)]
+
+
+def saved_gates() -> list[Gate]:
+    """Every gate that the saved results answer."""
+    return [gate for name in GATES if (RESULTS / f"{name}.json").is_file() for gate in gates_of(name, load(name))]
+
+
+def as_table(gates: Sequence[Gate]) -> str:
+    """A row each."""
+    return table(HEADER, [gate.cells() for gate in gates])
+
+
+def print_gates(benchmark: str, runs: Sequence[dict[str, Any]]) -> None:
+    """What `--gates` prints."""
+    print(as_table(gates_of(benchmark, runs)), end="\n\n", flush=True)
+
+
+if __name__ == "__main__":
+    found = saved_gates()
+    print(as_table(found))
+    sys.exit(any(gate.verdict == "FAIL" for gate in found))

@@ -1,0 +1,142 @@
+"""The decoder on a CPU with every layer of a pass in one call of the kernel.
+
+It computes what `models/decoder.py` computes, with the residual stream and all activations in float32. A token's logits do
+not depend on the batch around it, to the last bit: every sum is taken in the same order whatever runs beside it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from shoal.models.memory import drop_freed
+from shoal.models.native.attention import Angles, addresses, heads, scratch, work_pointers
+from shoal.models.native.library import ACTIVATIONS, KINDS, Embedding, Layer, Library, Model, Norm, address
+from shoal.models.native.library import Pass as NativePass
+from shoal.models.native.packing import Packed
+from shoal.models.passes import LayerCaches, Pass
+from shoal.models.weights import DecoderConfig, DecoderWeights, LayerWeights, LinearWeights, NormWeights
+
+KEPT_TOKENS = 128
+"""Buffers of passes with more tokens than this (prompts) go back to the system after the pass."""
+
+
+class NativeDecoder:
+    """A decoder-only transformer of any supported family, on the CPU kernel."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, config: DecoderConfig, weights: DecoderWeights, library: Library) -> None:
+        """Takes the weights over: panels replace plain matrices, so drop `weights` afterwards."""
+        self.config, self.library = config, library
+        self.dtype = weights.embedding.dtype  # of the cache
+        self.weight_dtype = torch.int8 if config.shape.quantized else self.dtype
+        self._kept: list[Tensor | Packed] = []  # what the kernel holds addresses of
+        self.head = self._pack(weights.head)
+        drop_freed()  # the largest matrix by far; what packing it took would stand beside all layers
+        shape = config.shape
+        self.layers = (Layer * shape.num_layers)(*map(self._layer, weights.layers))
+        self.model = Model(
+            heads=heads(config, self.dtype),
+            hidden=shape.hidden_size,
+            num_layers=shape.num_layers,
+            rms=config.norm == "rmsnorm",
+            activation=ACTIVATIONS[config.activation],
+            gated=shape.gated_mlp,
+            parallel_residual=config.parallel_residual,
+            norm_eps=config.norm_eps,
+            embedding=self._embedding(weights),
+            layers=self.layers,
+            final_norm=self._norm(weights.final_norm),
+            head=self.head.product,
+        )
+        self.angles = Angles(config.rotary) if config.rotary else None
+        self._widths = {
+            "x": shape.hidden_size,
+            "normed": shape.hidden_size,
+            "normed_mlp": shape.hidden_size if config.parallel_residual else 0,
+            "qkv": (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim,
+            "attended": shape.num_heads * shape.head_dim,
+            "up": shape.intermediate_size,
+        }
+        self._buffers: dict[str, Tensor] = {}
+
+    @torch.inference_mode()
+    def __call__(self, work: Pass, cache: LayerCaches) -> Tensor:
+        """Run one pass; see `Decoder`. The logits are float32, and the next pass overwrites them."""
+        num_tokens, num_logits, capacity = len(work.token_ids), len(work.logit_tokens), cache.keys[0].shape[2]
+        cos, sin = self.angles(torch.from_numpy(work.positions)) if self.angles else (None, None)
+        buffers = self._sized(num_tokens, num_logits, capacity)
+        works, _alive = work_pointers(work.layers)
+        self.library.run_pass(
+            self.model,
+            NativePass(
+                num_tokens=num_tokens,
+                token_ids=work.token_ids.ctypes.data,
+                positions=work.positions.ctypes.data,
+                cos=address(cos),
+                sin=address(sin),
+                works=works,
+                keys=addresses(cache.keys),
+                values=addresses(cache.values),
+                capacity=capacity,
+                num_logits=num_logits,
+                logit_tokens=work.logit_tokens.ctypes.data,
+                **{name: buffer.data_ptr() for name, buffer in buffers.items()},
+            ),
+        )
+        return buffers["logits"][:num_logits]
+
+    def _sized(self, num_tokens: int, num_logits: int, capacity: int) -> dict[str, Tensor]:
+        """Buffers for a pass: those of the last one where they are large enough, so that a decode step allocates nothing."""
+        kept = self._buffers
+        least = {**dict.fromkeys(self._widths, num_tokens), "logits": num_logits}
+        least["scratch"] = scratch(self.model.heads, capacity)
+        if all(name in kept and len(kept[name]) >= size for name, size in least.items()):
+            return kept
+        widths = {**{name: (width,) for name, width in self._widths.items()}, "logits": (self.config.shape.vocab_size,)}
+        buffers = {name: torch.empty(size, *widths.get(name, ())) for name, size in least.items()}
+        if num_tokens <= KEPT_TOKENS:
+            self._buffers = buffers
+        return buffers
+
+    def _embedding(self, weights: DecoderWeights) -> Embedding:
+        """Rows of their own are kept only where the head is another matrix."""
+        tied = weights.head.weight.data_ptr() == weights.embedding.data_ptr()
+        if not tied:
+            self._kept.append(weights.embedding)
+        return Embedding(
+            rows=None if tied else address(weights.embedding),
+            kind=KINDS[self.dtype],
+            positions=self._keep(weights.positions),
+            offset=self.config.position_offset,
+        )
+
+    def _keep(self, tensor: Tensor | None) -> int | None:
+        """The address of a float32 copy that lives as long as the decoder."""
+        if tensor is None:
+            return None
+        copy = tensor.float().contiguous()
+        self._kept.append(copy)
+        return address(copy)
+
+    def _norm(self, weights: NormWeights) -> Norm:
+        return Norm(self._keep(weights.weight), self._keep(weights.bias))
+
+    def _pack(self, weights: LinearWeights, *, gated: bool = False) -> Packed:
+        packed = Packed(weights, self.weight_dtype, gated=gated)
+        self._kept.append(packed)
+        return packed
+
+    def _layer(self, weights: LayerWeights) -> Layer:
+        gated = self.config.shape.gated_mlp
+        return Layer(
+            attention_norm=self._norm(weights.attention_norm),
+            mlp_norm=self._norm(weights.mlp_norm),
+            q_norm=self._keep(weights.q_norm.weight) if weights.q_norm else None,
+            k_norm=self._keep(weights.k_norm.weight) if weights.k_norm else None,
+            qkv=self._pack(weights.qkv).product,
+            out=self._pack(weights.out).product,
+            up=self._pack(weights.up, gated=gated).product,
+            down=self._pack(weights.down).product,
+        )
