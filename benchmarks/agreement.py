@@ -96,7 +96,7 @@ def describe(run: dict[str, Any]) -> str:
         ]
         for row in run["variants"]
     ]
-    dtype = run["case"].get("dtype", "bfloat16")  # results from before int8 name none
+    dtype = run["case"]["dtype"]
     return (
         f"{run['case']['model']}: {dtype} against float32, batch {run['case']['batch']}, greedy; equal completions, tokens before "
         "the first difference, and where the earliest and the median difference is\n\n" + table(HEADER, rows)

@@ -89,7 +89,7 @@ def measure_batch(
     shape = engine.shape
     prompts = random_prompts(shape.vocab_size, num_prompts=batch, num_tokens=prompt_tokens)
     plans = {"dense": Dense().plan(shape.num_layers)}
-    for depth in DEPTHS:
+    for depth in options.depths:
         plans[f"depth {depth}"] = SkipDecode(depth=float(depth), horizon=new_tokens - 1).plan(shape.num_layers)
 
     def variants(num_tokens: int) -> dict[str, Callable[[], Sample | Absent]]:
@@ -166,6 +166,7 @@ def main() -> None:
         "--dtypes", nargs="+", default=["float32", "bfloat16", "int8"], help="float32 first, to compare with"
     )
     options.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32, 128])
+    options.add_argument("--depths", nargs="+", type=Fraction, default=DEPTHS, help="1/2 must be among them")
     add_peer_options(options)
     chosen = options.parse_args()
     if chosen.quick:

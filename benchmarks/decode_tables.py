@@ -110,15 +110,12 @@ def notes(runs: Sequence[dict[str, Any]]) -> list[str]:
 
 def peers_of(run: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """A run's peers by name."""
-    if "peers" not in run:  # results from before transformers had a process of its own
-        (row,) = (row for row in run["variants"] if row["variant"] == "transformers")
-        return {"transformers": {**row, "over": {"dense": run["dense_over_transformers"]}}}
     return {row["peer"]: row for row in run["peers"]}
 
 
 def summary(runs: Sequence[dict[str, Any]]) -> str:
     """All runs, a row each: dense beside transformers and each depth's speedup with its share of the bound; then all peers."""
-    depths = [row["variant"] for row in runs[0]["variants"] if row["variant"].startswith("depth")]
+    depths = sorted({row["variant"] for run in runs for row in run["variants"] if row["variant"].startswith("depth")})
     header = ["model", "dtype", "batch", "dense tokens/s", "over transformers", "whole request", "time over floor"]
     rows = []
     for run in runs:
@@ -133,6 +130,8 @@ def summary(runs: Sequence[dict[str, Any]]) -> str:
                 f"{dense['time_over_floor']:.2f}",
                 *(
                     f"{variants[depth]['decode_speedup']['median']:.2f} ({variants[depth]['gain_over_bound']:.2f})"
+                    if depth in variants
+                    else "-"
                     for depth in depths
                 ),
             ]

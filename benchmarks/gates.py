@@ -79,17 +79,23 @@ def clocks_gates(run: dict[str, Any]) -> Iterator[Gate]:
 
 def memory_gates(run: dict[str, Any]) -> Iterator[Gate]:
     """Resident memory beside weights and cache, loading beside reading."""
-    for what in ("generating", "peak"):
-        value = run[f"{what}_over_planned"]["median"]
-        yield Gate(what=f"memory over weights + cache, {what}", case=run["case"], value=value, at_most=1.15)
-    if run["case"]["dtype"] != "float32":  # which makes twice the bytes that the file has
+    value = run["generating_over_planned"]["median"]
+    yield Gate(what="memory over weights + cache", case=run["case"], value=value, at_most=1.15)
+    if run["case"]["dtype"] == "bfloat16":  # the dtype of the file
         yield Gate(what="loading over reading", case=run["case"], value=run["load_over_read"]["median"], at_most=2)
+
+
+def scaling_gates(run: dict[str, Any]) -> Iterator[Gate]:
+    """Time per step against active layers, worst of the row counts."""
+    worst = min(line["r_squared"] for line in run["lines"] if line["axis"] == "layers")
+    yield Gate(what="time per step linear in layers, R²", case=run["case"], value=worst, at_least=0.99)
 
 
 GATES: dict[str, Callable[[dict[str, Any]], Iterator[Gate]]] = {
     "decode": decode_gates,
     "clocks": clocks_gates,
     "memory": memory_gates,
+    "scaling": scaling_gates,
 }
 HEADER = ("gate", "case", "measured", "wanted", "")
 

@@ -164,3 +164,39 @@ def decode(
         if token_ids[-1] in eos_token_ids:
             break
     return Decoded(token_ids[len(prompt_ids) :], torch.stack(rows))
+
+
+# --- Attention alone --------------------------------------------------------------------------------------------------
+
+
+def attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """float64 [T, H_q, D] of one row: its last T tokens look at themselves and at all before them, one by one.
+
+    Args: queries [T, H_q, D]; keys and values [S, H_kv, D], of which H_q / H_kv query heads in a row share one.
+    """
+    queries, keys, values = queries.double(), keys.double(), values.double()
+    group = queries.shape[1] // keys.shape[1]
+    out = torch.empty_like(queries)
+    for token, heads in enumerate(queries):
+        seen = len(keys) - len(queries) + token + 1
+        for head, query in enumerate(heads):
+            weights = (keys[:seen, head // group] @ query / math.sqrt(len(query))).softmax(dim=0)
+            out[token, head] = weights @ values[:seen, head // group]
+    return out
+
+
+def normed(heads: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """float64: x / sqrt(mean(x^2) + eps) * weight, over the last dimension of heads [T, H, D]."""
+    heads = heads.double()
+    return heads / (heads.square().mean(dim=-1, keepdim=True) + eps).sqrt() * weight.double()
+
+
+def rotated(heads: Tensor, positions: Sequence[int], inv_freq: Sequence[float]) -> Tensor:
+    """float64 [T, H, D]: value i and value i + n of the first 2n turn by position * inv_freq[i], as points of a plane."""
+    out, half = heads.double().clone(), len(inv_freq)
+    for token, position in enumerate(positions):
+        for i, frequency in enumerate(inv_freq):
+            cos, sin = math.cos(position * frequency), math.sin(position * frequency)
+            x, y = out[token, :, i].clone(), out[token, :, half + i].clone()
+            out[token, :, i], out[token, :, half + i] = x * cos - y * sin, y * cos + x * sin
+    return out

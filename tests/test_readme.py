@@ -57,9 +57,8 @@ def test_the_speed_table_is_the_benchmarks() -> None:
     assert len(rows) >= 4
     for name, tokens_per_s, over_transformers, decode, total in rows:
         variants = {variant["variant"]: variant for variant in cases[name]["variants"]}
-        peers = {peer["peer"]: peer for peer in cases[name].get("peers", ())}
-        # Results from before transformers had a process of its own keep the ratio elsewhere.
-        over = peers["transformers"]["over"]["dense"] if peers else cases[name]["dense_over_transformers"]
+        (peer,) = (peer for peer in cases[name]["peers"] if peer["peer"] == "transformers")
+        over = peer["over"]["dense"]
         depths = [variants[f"depth {depth}"] for depth in ("1/2", "1/3", "1/5")]
         assert tokens_per_s == f"{variants['dense']['decode_tokens_per_s']:.0f}"
         assert over_transformers == f"{over['decode']['median']:.2f}x"

@@ -122,7 +122,7 @@ class Peer:
         return answer if isinstance(answer, Absent) else Timing(**answer)
 
     def memory(self) -> Memory | Absent:
-        """Memory of the worker. Before its first batch, an engine with several ways to run one has loaded only the first."""
+        """Memory of the worker. Ask after a batch: engines map their weights and read them when they are first needed."""
         answer = self._ask({"memory": True})
         return answer if isinstance(answer, Absent) else Memory(**answer)
 

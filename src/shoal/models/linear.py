@@ -19,6 +19,9 @@ Activation = Literal["none", "relu", "gelu", "gelu_tanh", "silu"]
 PACK_ROWS = 32
 """Rows that the packed layout is chosen for; any number of rows may be multiplied."""
 
+INT8_STEP = 32
+"""PyTorch's int8 product reads inputs in steps of up to so many values, the last one beyond the row's end (a crash, in 2.13)."""
+
 _ONEDNN_ACTIVATION = {
     "none": ("none", ""),
     "relu": ("relu", ""),
@@ -67,7 +70,8 @@ class Linear:
         self.scale: Tensor | None = None
         self.packed = not quantized and can_pack(weights.weight)
         if quantized:
-            self.weight, scale = quantize(weights.weight)
+            weight, scale = quantize(weights.weight)
+            self.weight = F.pad(weight, (0, -self.in_features % INT8_STEP))
             self.scale = scale.to(weights.weight.dtype)
         elif self.packed:
             self.weight = torch.ops.mkldnn._reorder_linear_weight(weights.weight.contiguous(), PACK_ROWS)
@@ -80,5 +84,7 @@ class Linear:
             return product
         if self.scale is None:
             return activate(F.linear(x, self.weight, self.bias), self.activation)
+        if self.in_features % INT8_STEP:
+            x = F.pad(x, (0, -self.in_features % INT8_STEP))
         product = torch._weight_int8pack_mm(x, self.weight, self.scale)
         return activate(product if self.bias is None else product + self.bias, self.activation)
