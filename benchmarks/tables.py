@@ -18,6 +18,7 @@ import decode_tables
 import gates
 import memory
 import prefill
+import scaling
 import short_requests
 from report import RESULTS, load
 
@@ -35,6 +36,7 @@ SUMMARIES: dict[str, Callable[[list[dict[str, Any]]], str]] = {
     "clocks": each(clocks.describe),
     "prefill": prefill.describe,
     "memory": memory.describe,
+    "scaling": each(scaling.describe),
     "short_requests": each(short_requests.describe),
     "agreement": each(agreement.describe),
 }

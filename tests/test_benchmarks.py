@@ -93,7 +93,7 @@ def test_short_requests_save_more_with_a_shallower_prompt() -> None:
     runs = run("short_requests.py")
     assert [one["case"]["batch"] for one in runs] == [1, 2]
     for one in runs:
-        assert {"fixed_s", "layer_s", "r_squared", "products_s", "beyond_products_share"} <= one["fixed_cost"].keys()
+        assert {"fixed_s", "layer_s", "r_squared"} <= one["fixed_cost"].keys()
         rows = {row["variant"]: row for row in one["variants"]}
         for depth in ("1/2", "1/3", "1/5"):
             plain, shallow = rows[f"depth {depth}"], rows[f"depth {depth}, prompt too"]

@@ -1,4 +1,4 @@
-"""Which decoder runs a checkpoint, with and without the kernel, and what every one of them does with weights that are not numbers."""
+"""Which decoder runs a checkpoint, with and without the kernel, and what each does with weights that are not numbers."""
 
 from __future__ import annotations
 
@@ -131,6 +131,7 @@ def test_a_weight_that_is_not_a_number(directory: Path, way: str, dtype: str, pl
         assert generations[0].finish_reason == "error"
     else:
         assert generations[0].finish_reason == "length"
-        assert generations[0].token_ids == healthy.token_ids or dtype != "float32"
+        if dtype == "float32" or way == "native":  # PyTorch's other dtypes round by the number of rows
+            assert generations[0].token_ids == healthy.token_ids
     assert ill.runner.cache.blocks_in_use == 0
     ill.runner.cache.check_integrity()

@@ -88,7 +88,9 @@ def test_low_precision(exact: Exact, dtype: str, record_property: pytest.RecordP
     for way in WAYS:
         errors, agreed = exact.errors(decoder_of(way, exact.directory, dtype))
         size[way] = float(errors.square().mean().sqrt())
-        print(f"{dtype}, {way}: root mean square error {size[way]:.4f}, largest {errors.abs().max():.3f}, agree {agreed:.3f}")
+        print(
+            f"{dtype}, {way}: root mean square error {size[way]:.4f}, largest {errors.abs().max():.3f}, agree {agreed:.3f}"
+        )
         record_property(f"{dtype} {way} greedy agreement", round(agreed, 3))
         assert size[way] <= ROUNDING[way, dtype]
         assert agreed >= AGREEMENT

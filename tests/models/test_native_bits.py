@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -78,7 +79,7 @@ def test_any_chunks_of_a_prompt(decoder: Executor) -> None:
 
     def read(cuts: list[int]) -> tuple[Tensor, Caches]:
         caches, logits = Caches(shape, decoder.dtype, 256), []
-        for start, end in zip(cuts, cuts[1:], strict=False):
+        for start, end in pairwise(cuts):
             count = np.array([end - start])
             served = np.repeat(count[None], shape.num_layers, axis=1)
             rows = Rows(slots=np.array([3]), starts=np.array([start]), num_tokens=count, served=served)
