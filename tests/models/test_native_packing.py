@@ -8,12 +8,19 @@ from torch import Tensor
 
 from shoal.models.native.library import KINDS, PANEL
 from shoal.models.native.packing import Packed
-from shoal.models.weights import LinearWeights
+from shoal.models.weights import LinearWeights, quantize
+from ways import kernel, needs_kernel
+
+pytestmark = needs_kernel
 
 HALF = PANEL // 2
 SIZES = [(1, 1), (7, 3), (16, 8), (17, 5), (31, 48), (32, 1), (64, 33), (263, 48)]
 GATED_SIZES = [(2, 1), (6, 4), (16, 8), (30, 5), (34, 3), (152, 48)]
 DTYPES = [torch.float32, torch.bfloat16, torch.int8]
+
+
+def pack(weights: LinearWeights, dtype: torch.dtype, *, gated: bool = False) -> Packed:
+    return Packed(weights, dtype, kernel(), gated=gated)
 
 
 def weights_of(out: int, num_in: int, dtype: torch.dtype) -> LinearWeights:
@@ -51,7 +58,7 @@ def in_order(values: Tensor, out: int, *, gated: bool) -> Tensor:
 def test_what_is_packed_is_held(out: int, num_in: int, gated: bool, dtype: torch.dtype) -> None:
     """float32 and bfloat16 exactly, int8 to half a step of its row; columns that fill the last panel are 0."""
     weights = weights_of(out, num_in, dtype)
-    packed = Packed(weights, dtype, gated=gated)
+    packed = pack(weights, dtype, gated=gated)
     assert packed.panels.dtype == dtype
     assert packed.panels.is_contiguous()
     assert packed.panels.data_ptr() != weights.weight.data_ptr(), "the checkpoint's own matrix can go"
@@ -88,6 +95,33 @@ def test_what_is_packed_is_held(out: int, num_in: int, gated: bool, dtype: torch
 
 
 def test_no_bias() -> None:
-    packed = Packed(LinearWeights(torch.randn(20, 8)), torch.float32)
+    packed = pack(LinearWeights(torch.randn(20, 8)), torch.float32)
     assert packed.bias is None
     assert packed.product.bias is None
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=str)
+def test_int8_is_what_quantize_makes_of_a_weight(stored: torch.dtype) -> None:
+    weights = LinearWeights(torch.randn(40, 51).to(stored))
+    packed = pack(weights, torch.int8)
+    values, scale = quantize(weights.weight)
+    assert torch.equal(columns(packed)[:40], values.float())
+    assert packed.scale is not None
+    assert torch.equal(packed.scale[:40], scale)
+
+
+def test_other_dtypes_are_rounded_as_pytorch_rounds_them() -> None:
+    weight = torch.cat((torch.randn(10, 9), torch.full((1, 9), torch.inf), torch.full((1, 9), torch.nan)))
+    assert torch.equal(columns(pack(LinearWeights(weight), torch.bfloat16))[:11], weight.bfloat16().float()[:11])
+    assert columns(pack(LinearWeights(weight), torch.bfloat16))[11].isnan().all()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_a_row_that_is_not_finite_stays_so_in_int8(bad: float) -> None:
+    """Its outputs become NaN, so the request fails with "not finite" instead of going on with made-up weights."""
+    weight = torch.randn(20, 16)
+    weight[3, 5] = bad
+    packed = pack(LinearWeights(weight), torch.int8)
+    assert packed.scale is not None
+    assert packed.scale[3].isnan()
+    assert packed.scale.isnan().sum() == 1

@@ -13,11 +13,11 @@ and 5 always, layers 1 and 2 none: cutoffs (ALWAYS, 0, 0, 2, 4, ALWAYS).
 
 from __future__ import annotations
 
-import bisect
 import math
 from dataclasses import dataclass
 from typing import Literal
 
+from shoal.depth.nested import nested_cutoffs
 from shoal.depth.plan import ALWAYS, DepthPlan
 from shoal.errors import InvalidPlan
 
@@ -116,21 +116,13 @@ class SkipDecode:
         horizon = self.horizon or passed + max_new_tokens
         m, top = self.bounds(num_layers)
 
-        def cutoff(layer: int) -> int:
-            needed = num_layers - layer + warmup
-            if layer < warmup or needed <= m:
-                return ALWAYS
-            # Exits never rise, so the clocks that are deep enough come first.
-            deep_enough = bisect.bisect_right(
-                range(horizon), -needed, key=lambda clock: -exit_at(clock, m, top, horizon)
-            )
-            return max(0, deep_enough - passed)
-
+        needed = [0 if layer < warmup else num_layers - layer + warmup for layer in range(num_layers)]
+        cutoffs = nested_cutoffs(needed, lambda clock: exit_at(clock, m, top, horizon), horizon)
         prompt_layers = None
         if self.prompt == "max_layers":
             prompt_layers = (*range(warmup), *range(num_layers - (top - warmup), num_layers))
         return DepthPlan(
-            tuple(cutoff(layer) for layer in range(num_layers)),
+            tuple(cutoff if cutoff >= ALWAYS else max(0, cutoff - passed) for cutoff in cutoffs),
             prompt_layers=prompt_layers,
             horizon=max(0, horizon - passed) if m < top else None,
         )

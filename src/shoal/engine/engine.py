@@ -123,12 +123,12 @@ class Engine:
     @property
     def stats(self) -> EngineStats:
         """Costs that requests share, since the last `stats.reset()`."""
-        return self.runner.stats
+        return self.runner.tally.stats
 
     @property
     def step_time(self) -> StepTime:
         """What passes take on this machine, learnt from those that have run: `predict` one, `forecast` a request."""
-        return self.runner.step_time
+        return self.runner.tally.step_time
 
     @property
     def has_work(self) -> bool:

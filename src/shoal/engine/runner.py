@@ -17,20 +17,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from shoal.depth.cost import bytes_moved
 from shoal.engine.batch import Rows, build_pass, deepest_first
 from shoal.engine.cache import KVCache
-from shoal.engine.ledger import EngineStats, Ledger
+from shoal.engine.ledger import Ledger
 from shoal.engine.request import Chunk, FinishReason, Generation, Request
 from shoal.engine.sampler import Sampled, sample
 from shoal.engine.scheduler import Scheduler
 from shoal.engine.slots import SlotTable
-from shoal.engine.step_time import StepTime, pass_work
+from shoal.engine.tally import Tally
 from shoal.errors import RequestFailed
 from shoal.models.executor import Executor
-from shoal.models.passes import Ints
 
 
 class Runner:
@@ -43,13 +40,12 @@ class Runner:
         """See `Engine` for the sizes."""
         self.decoder = decoder
         self.shape = decoder.config.shape
-        self.stats = EngineStats()
-        self.step_time = StepTime()
+        self.tally = Tally(self.shape)
         self.cache = KVCache(
             self.shape, dtype=decoder.dtype, device=decoder.device, num_slots=max_batch, budget_bytes=cache_bytes
         )
         self.slots = SlotTable(max_batch, self.shape.num_layers)
-        self.scheduler = Scheduler(self.slots, self.cache, self.step_time, max_pass_tokens=max_pass_tokens)
+        self.scheduler = Scheduler(self.slots, self.cache, self.tally.step_time, max_pass_tokens=max_pass_tokens)
         self.cancelled: set[int] = set()
         self._next_deadline = math.inf
 
@@ -69,7 +65,7 @@ class Runner:
         token_ids = itertools.chain.from_iterable(request.tokens(start, count) for request, start, count in spans)
 
         self.cache.hold(rows.slots, np.where(rows.served > 0, rows.starts[:, None] + rows.served, 0))
-        self.stats.peak_cache_bytes = max(self.stats.peak_cache_bytes, self.cache.bytes_in_use)
+        self.tally.note_blocks(self.cache.bytes_in_use)
         logits = self.decoder(build_pass(rows, list(token_ids), emits), self.cache)
         emitting = [request for request, emit in zip(requests, emits, strict=True) if emit]
         sampled = sample(logits, emitting)
@@ -82,7 +78,7 @@ class Runner:
         if retired.any():
             still = np.array([s for s in rows.slots.tolist() if self.slots.requests[s] is not None], dtype=np.int64)
             self.cache.hold(still, self.slots.held_positions(still))
-        self._count(rows, decodes, emits, seconds=time.perf_counter() - began)
+        self.tally.note(rows, decodes, emits, time.perf_counter() - began)
         return chunks
 
     def submit(self, requests: Sequence[Request]) -> None:
@@ -169,41 +165,6 @@ class Runner:
             error=error,
         )
         return request.chunk(token_ids=token_ids, text=text, generation=generation)
-
-    def _count(self, rows: Rows, decodes: NDArray[np.bool_], emits: NDArray[np.bool_], *, seconds: float) -> None:
-        """Add a pass to the shared costs; see `EngineStats` for how one is shared between prompts and generated tokens."""
-        shape, stats = self.shape, self.stats
-        ran = rows.served > 0
-        layer_tokens = rows.served.sum(axis=1)
-        cached = rows.starts * ran.sum(axis=1) + layer_tokens
-        dense_cached = shape.num_layers * (rows.starts + rows.num_tokens)
-        layers = int(ran.any(axis=0).sum())
-        any_decode, all_decode = bool(decodes.any()), bool(decodes.all())
-        layers_for_decode = layers if all_decode else int(ran[decodes].any(axis=0).sum())
-        head_for_prompts = bool(emits.any()) and not any_decode
-
-        def parts(values: Ints) -> tuple[int, int]:
-            """Sums over the rows that generate and over the others."""
-            total = int(values.sum())
-            decode = total if all_decode else int(values[decodes].sum())
-            return decode, total - decode
-
-        def moved(layers_read: int, cached_positions: int, head: bool) -> int:
-            return bytes_moved(shape, layers_read=layers_read, cached_positions=cached_positions, head=head)
-
-        decode_cached, prompt_cached = parts(cached)
-        dense_decode_cached, dense_prompt_cached = parts(dense_cached)
-        decode_tokens, prompt_tokens = parts(layer_tokens)
-        stats.decode_passes += any_decode
-        stats.prompt_passes += not any_decode
-        stats.decode_bytes += moved(layers_for_decode, decode_cached, any_decode)
-        stats.prompt_bytes += moved(layers - layers_for_decode, prompt_cached, head_for_prompts)
-        stats.dense_decode_bytes += moved(shape.num_layers * any_decode, dense_decode_cached, any_decode)
-        stats.dense_prompt_bytes += moved(shape.num_layers * (not any_decode), dense_prompt_cached, head_for_prompts)
-        decode_s = seconds * decode_tokens / (decode_tokens + prompt_tokens)
-        stats.decode_s += decode_s
-        stats.prompt_s += seconds - decode_s
-        self.step_time.observe(pass_work(rows.served, rows.starts, rows.num_tokens, int(emits.sum())), seconds)
 
 
 def free_bytes(device: torch.device) -> int:

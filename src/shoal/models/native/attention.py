@@ -51,13 +51,16 @@ def native_work(work: LayerWork) -> Work:
     return Work(work.num_tokens, select, len(work.spans), work.spans.ctypes.data)
 
 
-def work_pointers(layers: Sequence[LayerWork | None]) -> tuple[ctypes.Array[ctypes._Pointer[Work]], list[Work]]:
-    """One pointer per layer, null where no token runs it, and what they point to."""
-    targets = {id(work): native_work(work) for work in {id(work): work for work in layers if work is not None}.values()}
-    null = ctypes.POINTER(Work)()
-    pointers = {key: ctypes.pointer(target) for key, target in targets.items()}
-    array = (ctypes.POINTER(Work) * len(layers))(*(pointers.get(id(work), null) for work in layers))
-    return array, list(targets.values())
+def work_addresses(layers: Sequence[LayerWork | None]) -> ctypes.Array[ctypes._Pointer[Work]]:
+    """One pointer per layer, null where no token runs it. The array keeps what they point to alive."""
+    array = (ctypes.POINTER(Work) * len(layers))()
+    last, pointer = None, None
+    for layer, work in enumerate(layers):
+        if work is not None:
+            if work is not last:  # neighbours mostly share theirs
+                last, pointer = work, ctypes.pointer(native_work(work))
+            array[layer] = pointer
+    return array
 
 
 def addresses(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:

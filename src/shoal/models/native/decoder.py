@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from shoal.models.memory import drop_freed
-from shoal.models.native.attention import Angles, addresses, heads, scratch, work_pointers
+from shoal.models.native.attention import Angles, addresses, heads, scratch, work_addresses
 from shoal.models.native.library import ACTIVATIONS, KINDS, Embedding, Layer, Library, Model, Norm, address
 from shoal.models.native.library import Pass as NativePass
 from shoal.models.native.packing import Packed
@@ -59,46 +59,39 @@ class NativeDecoder:
             "attended": shape.num_heads * shape.head_dim,
             "up": shape.intermediate_size,
         }
+        self._pass = NativePass()
         self._buffers: dict[str, Tensor] = {}
+        self._room = (0, 0, 0)
 
-    @torch.inference_mode()
     def __call__(self, work: Pass, cache: LayerCaches) -> Tensor:
         """Run one pass; see `Decoder`. The logits are float32, and the next pass overwrites them."""
-        num_tokens, num_logits, capacity = len(work.token_ids), len(work.logit_tokens), cache.keys[0].shape[2]
+        num_logits, capacity = len(work.logit_tokens), cache.keys[0].shape[2]
         cos, sin = self.angles(torch.from_numpy(work.positions)) if self.angles else (None, None)
-        buffers = self._sized(num_tokens, num_logits, capacity)
-        works, _alive = work_pointers(work.layers)
-        self.library.run_pass(
-            self.model,
-            NativePass(
-                num_tokens=num_tokens,
-                token_ids=work.token_ids.ctypes.data,
-                positions=work.positions.ctypes.data,
-                cos=address(cos),
-                sin=address(sin),
-                works=works,
-                keys=addresses(cache.keys),
-                values=addresses(cache.values),
-                capacity=capacity,
-                num_logits=num_logits,
-                logit_tokens=work.logit_tokens.ctypes.data,
-                **{name: buffer.data_ptr() for name, buffer in buffers.items()},
-            ),
-        )
-        return buffers["logits"][:num_logits]
+        one = self._pass
+        self._make_room(len(work.token_ids), num_logits, scratch(self.model.heads, capacity))
+        one.num_tokens, one.num_logits, one.capacity = len(work.token_ids), num_logits, capacity
+        one.token_ids, one.positions = work.token_ids.ctypes.data, work.positions.ctypes.data
+        one.logit_tokens = work.logit_tokens.ctypes.data
+        one.cos, one.sin = address(cos), address(sin)
+        one.works = work_addresses(work.layers)
+        one.keys, one.values = addresses(cache.keys), addresses(cache.values)
+        self.library.run_pass(self.model, one)
+        logits = self._buffers["logits"][:num_logits]
+        if len(work.token_ids) > KEPT_TOKENS:
+            self._buffers, self._room = {}, (0, 0, 0)
+        return logits
 
-    def _sized(self, num_tokens: int, num_logits: int, capacity: int) -> dict[str, Tensor]:
-        """Buffers for a pass: those of the last one where they are large enough, so that a decode step allocates nothing."""
-        kept = self._buffers
-        least = {**dict.fromkeys(self._widths, num_tokens), "logits": num_logits}
-        least["scratch"] = scratch(self.model.heads, capacity)
-        if all(name in kept and len(kept[name]) >= size for name, size in least.items()):
-            return kept
-        widths = {**{name: (width,) for name, width in self._widths.items()}, "logits": (self.config.shape.vocab_size,)}
-        buffers = {name: torch.empty(size, *widths.get(name, ())) for name, size in least.items()}
-        if num_tokens <= KEPT_TOKENS:
-            self._buffers = buffers
-        return buffers
+    def _make_room(self, *needed: int) -> None:
+        """Buffers for a pass of so many tokens, logits and values of scratch: those of the last one where they are large enough,
+        so that a decode step allocates nothing."""
+        if all(need <= room for need, room in zip(needed, self._room, strict=True)):
+            return
+        num_tokens, num_logits, num_scratch = self._room = tuple(map(max, needed, self._room))
+        self._buffers = {name: torch.empty(num_tokens, width) for name, width in self._widths.items()}
+        self._buffers["logits"] = torch.empty(num_logits, self.config.shape.vocab_size)
+        self._buffers["scratch"] = torch.empty(num_scratch)
+        for name, buffer in self._buffers.items():
+            setattr(self._pass, name, buffer.data_ptr())
 
     def _embedding(self, weights: DecoderWeights) -> Embedding:
         """Rows of their own are kept only where the head is another matrix."""
@@ -124,7 +117,7 @@ class NativeDecoder:
         return Norm(self._keep(weights.weight), self._keep(weights.bias))
 
     def _pack(self, weights: LinearWeights, *, gated: bool = False) -> Packed:
-        packed = Packed(weights, self.weight_dtype, gated=gated)
+        packed = Packed(weights, self.weight_dtype, self.library, gated=gated)
         self._kept.append(packed)
         return packed
 

@@ -4,6 +4,7 @@
 #include "team.h"
 #include "vectors.h"
 #include "products.h"
+#include "packing.h"
 #include "attention.h"
 
 typedef struct {
@@ -184,4 +185,23 @@ void shoal_attend(const Runtime *runtime, int64_t num_threads, const Heads *head
                   float *scratch) {
     AttentionCall call = {.runtime = runtime, .heads = heads, .attention = attention, .work = work, .scratch = scratch};
     runtime->parallel(run_attention, &call, num_threads, 0);
+}
+
+typedef struct {
+    const Runtime *runtime;
+    const Packing *packing;
+    Shared shared;
+} PackingCall;
+
+static void run_packing(void *data) {
+    PackingCall *call = data;
+    Team team = {.shared = &call->shared, .thread = call->runtime->thread(), .step = 0};
+    call->shared.num_threads = call->runtime->threads();
+    pack(&team, call->packing);
+}
+
+void shoal_pack(const Runtime *runtime, int64_t num_threads, const Product *to, const void *rows, int64_t kind, int64_t gated) {
+    const Packing packing = {.to = to, .rows = rows, .kind = kind, .gated = gated};
+    PackingCall call = {.runtime = runtime, .packing = &packing};
+    runtime->parallel(run_packing, &call, num_threads, 0);
 }

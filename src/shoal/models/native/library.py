@@ -165,7 +165,9 @@ class Library:
         self._pass, self._attend = kernels.shoal_pass, kernels.shoal_attend
         self._pass.argtypes = (POINTER(Runtime), c_int64, POINTER(Model), POINTER(Pass))
         self._attend.argtypes = (POINTER(Runtime), c_int64, POINTER(Heads), POINTER(Attention), POINTER(Work), c_void_p)
-        self._pass.restype = self._attend.restype = None
+        self._pack = kernels.shoal_pack
+        self._pack.argtypes = (POINTER(Runtime), c_int64, POINTER(Product), c_void_p, c_int64, c_int64)
+        self._pass.restype = self._attend.restype = self._pack.restype = None
 
     def run_pass(self, model: Model, one: Pass) -> None:
         """Run one pass with as many threads as PyTorch's operations take."""
@@ -174,6 +176,10 @@ class Library:
     def attend(self, heads: Heads, attention: Attention, work: Work, scratch: Tensor) -> None:
         """Run one layer's attention."""
         self._attend(self.runtime, torch.get_num_threads(), heads, attention, work, scratch.data_ptr())
+
+    def pack(self, to: Product, rows: Tensor, *, gated: bool) -> None:
+        """Write `rows` [out, in], float32 or bfloat16 and contiguous, into the panels and scales of `to`."""
+        self._pack(self.runtime, torch.get_num_threads(), to, rows.data_ptr(), KINDS[rows.dtype], gated)
 
 
 @cache

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from shoal.models.native.library import KINDS, PANEL, Product, address
-from shoal.models.weights import LinearWeights, quantize
+from shoal.models.native.library import KINDS, PANEL, Library, Product, address
+from shoal.models.weights import LinearWeights
 
 HALF = PANEL // 2
 
@@ -18,37 +18,24 @@ class Packed:
     Attributes: `panels`, the packed values; `scale` float32 per output column (int8 only); `product`, what the kernel is given.
     """
 
-    def __init__(self, weights: LinearWeights, dtype: torch.dtype, *, gated: bool = False) -> None:
-        """Pack `weights.weight` [out, in].
+    def __init__(self, weights: LinearWeights, dtype: torch.dtype, library: Library, *, gated: bool = False) -> None:
+        """Pack `weights.weight` [out, in], float32 or bfloat16.
 
-        Args: `dtype` float32, bfloat16, or int8 for symmetric quantisation per output column; `gated`: the upper half of the
-        rows is the gate and the lower the up product; both come into one panel.
+        Args: `dtype` float32, bfloat16, or int8 for symmetric quantisation per output column (`quantize`); `gated`: the upper
+        half of the rows is the gate and the lower the up product; both come into one panel.
         """
-        weight = weights.weight
-        out, num_in = weight.shape
-        self.out_features, self.in_features = out, num_in
-        self.scale = self.bias = None
-        scale = None
-        if dtype == torch.int8:
-            weight, scale = quantize(weight)
-        self.panels = _panels(_columns(weight.to(dtype), gated=gated))
-        if scale is not None:
-            self.scale = _columns(scale.view(out, 1), gated=gated).flatten()
-        if weights.bias is not None:
-            self.bias = _columns(weights.bias.float().view(out, 1), gated=gated).flatten()
+        self.out_features, self.in_features = out, num_in = weights.weight.shape
+        num_panels = -(-(out // 2) // HALF) if gated else -(-out // PANEL)
+        self.panels = torch.empty(num_panels, num_in, PANEL, dtype=dtype)
+        self.scale = torch.empty(num_panels * PANEL) if dtype == torch.int8 else None
+        self.bias = None if weights.bias is None else _columns(weights.bias.float(), gated=gated)
         self.product = Product(address(self.panels), address(self.scale), address(self.bias), num_in, out, KINDS[dtype])
+        library.pack(self.product, weights.weight.contiguous(), gated=gated)
 
 
-def _columns(rows: Tensor, *, gated: bool) -> Tensor:
-    """[panels, PANEL, in]: rows of a weight by panel, the last one filled with zeros."""
+def _columns(values: Tensor, *, gated: bool) -> Tensor:
+    """[panels * PANEL]: a value per row of a weight in the order of the panels' columns, the last panel filled with zeros."""
     if not gated:
-        return F.pad(rows, (0, 0, 0, -len(rows) % PANEL)).view(-1, PANEL, rows.shape[1])
-    gate, up = (F.pad(half, (0, 0, 0, -len(half) % HALF)).view(-1, HALF, rows.shape[1]) for half in rows.chunk(2))
-    return torch.cat((gate, up), dim=1)
-
-
-def _panels(columns: Tensor) -> Tensor:
-    """The order in which the kernel reads: by k; bfloat16 columns j and j + 8 beside each other."""
-    if columns.dtype == torch.bfloat16:
-        return columns.view(len(columns), 2, HALF, -1).permute(0, 3, 2, 1).contiguous()
-    return columns.transpose(1, 2).contiguous()
+        return F.pad(values, (0, -len(values) % PANEL))
+    halves = [F.pad(half, (0, -len(half) % HALF)).view(-1, HALF) for half in values.chunk(2)]
+    return torch.cat(halves, dim=1).flatten()

@@ -27,16 +27,17 @@ INLINE f8 widen8(const char *p) {
     return (f8)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
 }
 
-// Rounds to nearest, ties to even, as every bfloat16 conversion does; NaN stays NaN.
-INLINE void store8(void *p, int64_t at, Kind kind, f8 x) {
-    if (kind == FLOAT32) {
-        *(f8 *)((float *)p + at) = x;
-        return;
-    }
+// Rounds to nearest, ties to even, as every bfloat16 conversion does; NaN stays NaN. In the low halves of the words.
+INLINE u8 bfloat16_bits8(f8 x) {
     const u8 bits = (u8)x;
     const u8 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     const u8 is_nan = (u8)(x != x);
-    *(h8 *)((uint16_t *)p + at) = __builtin_convertvector((rounded & ~is_nan) | (((bits >> 16) | 0x40) & is_nan), h8);
+    return (rounded & ~is_nan) | (((bits >> 16) | 0x40) & is_nan);
+}
+
+INLINE void store8(void *p, int64_t at, Kind kind, f8 x) {
+    if (kind == FLOAT32) *(f8 *)((float *)p + at) = x;
+    else *(h8 *)((uint16_t *)p + at) = __builtin_convertvector(bfloat16_bits8(x), h8);
 }
 
 INLINE f8 pick8(i8 which, f8 yes, f8 no) {

@@ -1,0 +1,89 @@
+"""What passes have cost in sum, and what they teach about their time."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shoal.depth.cost import bytes_moved
+from shoal.depth.shape import ModelShape
+from shoal.engine.batch import Rows
+from shoal.engine.ledger import EngineStats
+from shoal.engine.step_time import StepTime, pass_work
+from shoal.models.passes import Ints
+
+TOGETHER = 32
+"""Passes that are counted in one go. Right after a pass the processor's caches are full of weights and the same code takes several
+times as long, so counting waits until there is more of it, or until somebody asks."""
+
+
+class Tally:
+    """Notes passes; whoever reads `stats` or `step_time` sees all of them."""
+
+    def __init__(self, shape: ModelShape) -> None:
+        self.shape = shape
+        self._stats, self._step_time = EngineStats(), StepTime()
+        self._noted: list[tuple[Rows, NDArray[np.bool_], NDArray[np.bool_], float]] = []
+
+    @property
+    def stats(self) -> EngineStats:
+        """Costs that requests share."""
+        self._count()
+        return self._stats
+
+    @property
+    def step_time(self) -> StepTime:
+        """What passes take on this machine."""
+        self._count()
+        return self._step_time
+
+    def note_blocks(self, num_bytes: int) -> None:
+        """Bytes of cache in use during a pass."""
+        self._stats.peak_cache_bytes = max(self._stats.peak_cache_bytes, num_bytes)
+
+    def note(self, rows: Rows, decodes: NDArray[np.bool_], emits: NDArray[np.bool_], seconds: float) -> None:
+        """A pass has run these rows. `decodes` and `emits` [R]: rows that consumed generated tokens, and that emitted one."""
+        self._noted.append((rows, decodes, emits, seconds))
+        if len(self._noted) == TOGETHER:
+            self._count()
+
+    def _count(self) -> None:
+        noted, self._noted = self._noted, []
+        for rows, decodes, emits, seconds in noted:
+            self._add(rows, decodes, emits, seconds)
+            work = pass_work(rows.served, rows.starts, rows.num_tokens, int(emits.sum()))
+            self._step_time.observe(work, seconds)
+
+    def _add(self, rows: Rows, decodes: NDArray[np.bool_], emits: NDArray[np.bool_], seconds: float) -> None:
+        """Add a pass to the shared costs; see `EngineStats` for how one is shared between prompts and generated tokens."""
+        shape, stats = self.shape, self._stats
+        ran = rows.served > 0
+        layer_tokens = rows.served.sum(axis=1)
+        cached = rows.starts * ran.sum(axis=1) + layer_tokens
+        dense_cached = shape.num_layers * (rows.starts + rows.num_tokens)
+        layers = int(ran.any(axis=0).sum())
+        any_decode, all_decode = bool(decodes.any()), bool(decodes.all())
+        layers_for_decode = layers if all_decode else int(ran[decodes].any(axis=0).sum())
+        head_for_prompts = bool(emits.any()) and not any_decode
+
+        def parts(values: Ints) -> tuple[int, int]:
+            """Sums over the rows that generate and over the others."""
+            total = int(values.sum())
+            decode = total if all_decode else int(values[decodes].sum())
+            return decode, total - decode
+
+        def moved(layers_read: int, cached_positions: int, head: bool) -> int:
+            return bytes_moved(shape, layers_read=layers_read, cached_positions=cached_positions, head=head)
+
+        decode_cached, prompt_cached = parts(cached)
+        dense_decode_cached, dense_prompt_cached = parts(dense_cached)
+        decode_tokens, prompt_tokens = parts(layer_tokens)
+        stats.decode_passes += any_decode
+        stats.prompt_passes += not any_decode
+        stats.decode_bytes += moved(layers_for_decode, decode_cached, any_decode)
+        stats.prompt_bytes += moved(layers - layers_for_decode, prompt_cached, head_for_prompts)
+        stats.dense_decode_bytes += moved(shape.num_layers * any_decode, dense_decode_cached, any_decode)
+        stats.dense_prompt_bytes += moved(shape.num_layers * (not any_decode), dense_prompt_cached, head_for_prompts)
+        decode_s = seconds * decode_tokens / (decode_tokens + prompt_tokens)
+        stats.decode_s += decode_s
+        stats.prompt_s += seconds - decode_s
