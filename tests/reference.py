@@ -58,6 +58,44 @@ def skipdecode(
     return layers
 
 
+def early_termination(num_layers: int, *, min_exit: int, max_exit: int, length: int) -> Schedule:
+    """As many layers as SkipDecode without warm-up, but the lowest ones."""
+    as_many = skipdecode(num_layers, min_exit=min_exit, max_exit=max_exit, length=length, warmup=0)
+    return lambda clock: set(range(len(as_many(clock))))
+
+
+def unified(num_layers: int, depth: float) -> Schedule:
+    """Unified Layer Skipping (arXiv 2404.06954): first, last, and multiples of int(L / (K-1)) until there are K = int(L depth)."""
+    count = int(num_layers * depth + 1e-9)
+    kept = [0] if num_layers == 1 else [0, num_layers - 1]
+    for layer in range(1, num_layers - 1):
+        if len(kept) < count and layer % int(num_layers / (count - 1)) == 0:
+            kept.append(layer)
+    return lambda clock: set(kept)
+
+
+def hierarchical(num_layers: int, depth: float, length: int) -> Schedule:
+    """Hierarchical Skip Decoding, our reading: the first, the last and every 2^j-th layer; the lower of two neighbouring j until
+    the mean over `length` is the depth."""
+    sets = [{layer for layer in range(num_layers) if layer % 2**j == 0 or layer == num_layers - 1} for j in range(10)]
+    pairs = zip([sets[0], *sets], sets, strict=False)
+    deeper, shallower = next(pair for pair in pairs if len(pair[1]) <= num_layers * depth + 1e-9)
+    between = len(deeper) - len(shallower)
+    step = math.floor(length * (num_layers * depth - len(shallower)) / between + 0.5 + 1e-9) if between else 0
+    return lambda clock: deeper if clock < step else shallower
+
+
+def d3(num_layers: int, *, decay: float, least: int, length: int) -> Schedule:
+    """D3 (arXiv 2503.08524): floor(L a^i) layers, the lower half of them from the bottom, the rest from the top."""
+
+    def layers(clock: int) -> set[int]:
+        count = max(least, math.floor(num_layers * decay ** min(clock, length - 1) + 1e-9))
+        low = count - count // 2
+        return {*range(low), *range(num_layers - count // 2, num_layers)}
+
+    return layers
+
+
 def exits_for_depth(num_layers: int, depth: float, warmup: int = 1) -> tuple[int, int]:
     """(m, M) for a mean depth 1/s: T = round(2L/s), M = min(L, round(1.5L/s)), m = max(W+1, T-M), M = T-m."""
     total = math.floor(2 * num_layers * depth + 0.5)
@@ -164,6 +202,88 @@ def decode(
         if token_ids[-1] in eos_token_ids:
             break
     return Decoded(token_ids[len(prompt_ids) :], torch.stack(rows))
+
+
+# --- Confidence exits -------------------------------------------------------------------------------------------------
+
+Confidence = Callable[[Tensor, Tensor, Tensor], float]
+"""State [d] before a layer, state after it, logits [V] that the head makes of the latter, to how sure the token is."""
+
+
+@torch.no_grad()
+def frozen_states(model: PreTrainedModel, token_ids: Sequence[int], exits: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """One forward pass in which position p keeps its state from layer `exits[p]` on, and deeper layers see that state.
+
+    A deeper layer makes a key and a value of the state like of any other; only its output is dropped. Returns the last position's
+    states [L + 1, d] before the first layer and after each, and its logits [V].
+    """
+    layers = layers_of(model)
+    ran = torch.tensor([[layer < exit_layer for exit_layer in exits] for layer in range(len(layers))])
+    seen: list[Tensor] = []
+
+    def keep(forward: Callable[..., Tensor], ran_here: Tensor) -> Callable[..., Tensor]:
+        def run(hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
+            if not seen:
+                seen.append(hidden_states[0, -1])
+            out = forward(hidden_states, *args, **kwargs)
+            out = torch.where(ran_here[None, :, None], out[0] if isinstance(out, tuple) else out, hidden_states)
+            seen.append(out[0, -1])
+            return out
+
+        return run
+
+    try:
+        for layer, ran_here in zip(layers, ran, strict=True):
+            layer.forward = keep(layer.forward, ran_here)
+        out = model(torch.tensor([list(token_ids)]), use_cache=False)
+    finally:
+        for layer in layers:
+            del layer.forward
+    return torch.stack(seen), out.logits[0, -1]
+
+
+@dataclass(frozen=True)
+class Exited:
+    """What the reference generated with exits."""
+
+    token_ids: list[int]
+    """Generated tokens, the end token included."""
+    exit_layers: list[int]
+    """Layers that ran in the pass that each token was chosen in."""
+    margin: float
+    """The smallest distance of any confidence from its threshold: how near to another exit it ever was."""
+
+
+def calm(
+    model: PreTrainedModel,
+    prompt_ids: Sequence[int],
+    *,
+    confidence: Confidence,
+    threshold: float,
+    tau: float,
+    min_exit_layer: int,
+    max_new_tokens: int,
+    eos_token_ids: Sequence[int] = (),
+) -> Exited:
+    """CALM (arXiv 2207.07061), greedy: everything is computed anew for each layer of each token, as if its exit were there."""
+    num_layers = model.config.num_hidden_layers
+    token_ids, exits, chosen_at, margin = list(prompt_ids), [num_layers] * len(prompt_ids), [num_layers], math.inf
+    token_ids.append(int(frozen_states(model, token_ids, exits)[1].argmax()))
+    while len(chosen_at) < max_new_tokens and token_ids[-1] not in eos_token_ids:
+        clock = len(chosen_at) - 1
+        bar = min(max(0.9 * threshold + 0.1 * math.exp(-tau * clock / max_new_tokens), 0), 1)
+        for exit_layer in range(min_exit_layer, num_layers + 1):
+            states, logits = frozen_states(model, token_ids, [*exits, exit_layer])
+            if exit_layer == num_layers:
+                break
+            sure = confidence(states[exit_layer - 1], states[exit_layer], logits)
+            margin = min(margin, abs(sure - bar))
+            if sure >= bar:
+                break
+        exits.append(exit_layer)
+        chosen_at.append(exit_layer)
+        token_ids.append(int(logits.argmax()))
+    return Exited(token_ids[len(prompt_ids) :], chosen_at, margin)
 
 
 # --- Attention alone --------------------------------------------------------------------------------------------------

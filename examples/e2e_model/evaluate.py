@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from shoal import Dense, Engine, Sampling, SkipDecode
+from shoal.evaluate.bootstrap import Score
 from shoal.evaluate.e2e import E2EInput, read_e2e, slot_error_rate
-from shoal.evaluate.text import Score, bleu, rouge_l
+from shoal.evaluate.text import bleu, rouge_l
 
 FILES = {"dev": "devset.csv.gz", "test": "testset_w_refs.csv.gz"}
 DEPTHS = (1.0, 1 / 2, 1 / 3, 1 / 4, 1 / 5)

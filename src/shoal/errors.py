@@ -9,6 +9,7 @@
     │   ├── UnsupportedArchitecture    not one of the families in `shoal.models.families`
     │   └── PickledCheckpoint          weights are pickles: run `shoal convert` first
     ├── RequestFailed                  a request ended early; the others did not (e.g. NaN logits)
+    ├── TuningDiverged                 a loss or gradient that is not finite ended a tuning run
     └── MissingExtra                   an optional dependency is absent; the message names the extra
 
 The command line prints the message alone and exits with 2 (`InvalidInput`, `CheckpointError`, `MissingExtra`) or 1.
@@ -54,6 +55,10 @@ class PickledCheckpoint(CheckpointError):
 
 class RequestFailed(ShoalError):
     """One request ended early while its company went on (NaN logits, a user's processor that raised)."""
+
+
+class TuningDiverged(ShoalError):
+    """Tuning stopped at a loss or gradient that is not finite; the last good state is on the disk."""
 
 
 class MissingExtra(ShoalError):

@@ -18,8 +18,9 @@ import torch
 from typer.testing import CliRunner, Result
 
 from families import save, tiny_model
-from shoal import Dense, Engine, Sampling, SkipDecode
+from shoal import Dense, Engine, Sampling, SkipDecode, UnifiedSkip
 from shoal.cli.main import app
+from shoal.depth.first import FirstRouter
 
 runner = CliRunner()
 PROMPTS = [f"name[The {n}], eatType[pub]" for n in range(6)]
@@ -59,6 +60,40 @@ def test_the_file_holds_what_the_engine_returns(checkpoint: Path, prompts: Path,
     for part in ("mean layers", "FLOPs", "bytes moved", "time per token", "decode", "whole request"):
         assert part in result.stderr
     assert not result.stdout
+
+
+def test_other_policies_and_what_decides_a_resume(checkpoint: Path, prompts: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    result = shoal(checkpoint, prompts, "-o", out, "--policy", "unified", "--depth", "1/2", "--max-new-tokens", "9")
+    assert result.exit_code == 0, result.output
+    expected = Engine.from_pretrained(checkpoint).generate(PROMPTS, Sampling(max_new_tokens=9), UnifiedSkip(depth=0.5))
+    assert [line["completion"] for line in read(out)] == [done.text for done in expected]
+    for other in (["--depth", "2/3", "--policy", "unified"], ["--depth", "1/2", "--policy", "d3"], ["--depth", "1/2"]):
+        result = shoal(checkpoint, prompts, "-o", out, *other, "--max-new-tokens", "9", "--resume")
+        assert result.exit_code == 2, "a file holds completions of one policy at one depth"
+
+
+def test_a_router_picks_the_layers(checkpoint: Path, prompts: Path, tmp_path: Path) -> None:
+    out, directory = tmp_path / "out.jsonl", tmp_path / "router"
+    engine = Engine.from_pretrained(checkpoint)
+    tensors = {name: torch.zeros(size) for name, size in FirstRouter.sizes(engine.shape).items()}
+    tensors["bias"][:] = torch.tensor([0, -1, 1, -1, 1, -1])
+    router = FirstRouter(shape=engine.shape, tensors=tensors)
+    router.save(directory)
+    result = shoal(checkpoint, prompts, "-o", out, "--router", directory, "--max-new-tokens", "9")
+    assert result.exit_code == 0, result.output
+    lines = read(out)
+    assert [line["completion"] for line in lines] == [
+        done.text for done in engine.generate(PROMPTS, Sampling(max_new_tokens=9), router)
+    ]
+    assert all(line["usage"]["mean_layers"] == 3 for line in lines)
+    assert shoal(checkpoint, prompts, "-o", out, "--max-new-tokens", "9", "--resume").exit_code == 2
+    result = shoal(checkpoint, prompts, "-o", tmp_path / "x", "--router", directory, "--depth", "1/2")
+    assert result.exit_code == 2
+    assert "picks the layers itself" in result.stderr
+    result = shoal(checkpoint, prompts, "-o", tmp_path / "x", "--router", tmp_path)
+    assert result.exit_code == 2
+    assert "holds no router" in result.stderr
 
 
 def test_standard_input_to_standard_output_with_every_layer(checkpoint: Path) -> None:

@@ -13,6 +13,7 @@ import shoal
 from shoal.cli.main import app
 from shoal.cli.plan import PARTIAL, draw_plan
 from shoal.depth.plan import ALWAYS, DepthPlan
+from shoal.depth.policies import POLICIES, policy_at
 from shoal.depth.skipdecode import SkipDecode
 
 runner = CliRunner()
@@ -54,6 +55,38 @@ def test_json_holds_the_plan_and_its_costs() -> None:
     assert data["costs"]["plan"]["decode_layer_tokens"] == sum(plan.depth(clock) for clock in range(29))
     assert data["costs"]["plan"]["prompt_layer_tokens"] == 24 * 35
     assert data["costs"]["shallow prompt"]["prompt_layer_tokens"] == 18 * 35
+
+
+@pytest.mark.parametrize("name", sorted(POLICIES))
+def test_any_policy_by_name(name: str) -> None:
+    arguments = ["plan", "--layers", "12", "--policy", name, "--depth", "1/2", "--new-tokens", "20", "--json"]
+    result = runner.invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    data = json.loads(result.stdout)
+    plan = policy_at(name, 0.5, horizon=20).plan(12, prompt_tokens=35, max_new_tokens=20)
+    assert DepthPlan.from_dict(data["plan"]) == plan
+    assert data["costs"]["plan"]["decode_layer_tokens"] == sum(plan.depth(clock) for clock in range(19))
+    assert ("shallow prompt" in data["costs"]) == (name == "skipdecode")
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--policy", "unified", "--depth", "1/2", "--horizon", "9"], "has no --horizon"),
+        (["--policy", "d3", "--depth", "1/2", "--clock", "column"], "has no --clock"),
+        (
+            ["--policy", "early-termination", "--depth", "1/2", "--prompt-layers", "max_layers"],
+            "has no --prompt-layers",
+        ),
+        (["--policy", "hierarchical"], "give it a depth"),
+        (["--policy", "unified", "--depth", "1/12"], "choose between 2/12"),
+        (["--policy", "unfied", "--depth", "1/2"], "unfied"),
+    ],
+)
+def test_settings_that_a_policy_does_not_have_are_refused(options: list[str], says: str) -> None:
+    result = runner.invoke(app, ["plan", "--layers", "12", *options], env={"COLUMNS": "200"})
+    assert result.exit_code == 2
+    assert says in result.output
 
 
 def test_the_picture_and_the_table_are_printed() -> None:

@@ -9,7 +9,13 @@ from typing import Any
 import pytest
 
 from shoal.depth.checkpoint import TunedDepth, fit_horizon
+from shoal.depth.decaying import DecayingDepth
+from shoal.depth.early_termination import EarlyTermination
+from shoal.depth.hierarchical import HierarchicalSkip
+from shoal.depth.plan import Dense
+from shoal.depth.policies import POLICIES
 from shoal.depth.skipdecode import SkipDecode
+from shoal.depth.unified import UnifiedSkip
 from shoal.errors import CheckpointError, InvalidInput
 
 
@@ -37,7 +43,7 @@ def test_round_trip(tmp_path: Path) -> None:
         ('{"horizon": 4, "warmup_layers": -1}', "warmup_layers must be 0 or more layers, got -1"),
         ('{"horizon": 4, "depths": [1.0, 0]}', "above 0 and at most 1"),
         ('{"horizon": 4, "depths": 0.5}', "depth_plan.json cannot be read"),
-        ('{"horizon": 4, "policy": "calm"}', "policy must be 'skipdecode', got 'calm'"),
+        ('{"horizon": 4, "policy": "calm"}', "policy must be one of skipdecode, .*, got 'calm'"),
         ("\udcff", "depth_plan.json cannot be read"),
     ],
 )
@@ -61,6 +67,24 @@ def test_fills_only_open_fields(given: dict[str, Any], horizon: int, warmup_laye
 def test_a_horizon_in_generated_tokens_says_nothing_of_columns() -> None:
     filled = TunedDepth(horizon=40, warmup_layers=2).fill(SkipDecode(depth=0.5, clock="column"))
     assert filled == SkipDecode(depth=0.5, clock="column", horizon=None, warmup_layers=2)
+
+
+@pytest.mark.parametrize("policy", [EarlyTermination, HierarchicalSkip, DecayingDepth])
+def test_fills_the_horizon_of_every_policy_that_has_one(policy: Any) -> None:
+    tuned = TunedDepth(policy="d3", horizon=40, warmup_layers=2)
+    assert tuned.fill(policy(depth=0.5)) == policy(depth=0.5, horizon=40)
+    assert tuned.fill(policy(depth=0.5, horizon=7)) == policy(depth=0.5, horizon=7)
+
+
+@pytest.mark.parametrize("given", [UnifiedSkip(depth=0.5), Dense(), Dense().plan(4), None, SkipDecode])
+def test_leaves_alone_what_has_no_open_field(given: Any) -> None:
+    assert TunedDepth(horizon=40).fill(given) is given or TunedDepth(horizon=40).fill(given) == given
+
+
+def test_every_policy_may_be_tuned_for(tmp_path: Path) -> None:
+    for policy in POLICIES:
+        TunedDepth(policy=policy, horizon=4).save(tmp_path)
+        assert TunedDepth.load(tmp_path) == TunedDepth(policy=policy, horizon=4)
 
 
 def test_horizon_is_the_median_length() -> None:

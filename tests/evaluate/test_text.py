@@ -7,7 +7,8 @@ import sys
 import pytest
 
 from shoal.errors import InvalidInput, MissingExtra
-from shoal.evaluate.text import Score, bleu, ratio, rouge_l
+from shoal.evaluate.bootstrap import Score, Statistics, ratio
+from shoal.evaluate.text import bleu, chrf_counts, chrf_of, nist_counts, nist_of, rouge_l
 
 REFERENCES = [
     ["The Vaults is a cheap pub near the river.", "A cheap riverside pub is The Vaults."],
@@ -50,6 +51,40 @@ def test_rouge_l_takes_the_best_reference():
     assert rouge_l(["a b x c"], [["a b c", "y z"]]).value == pytest.approx(100 * 6 / 7)
 
 
+HYPOTHESES = [
+    "The Vaults is a pub by the river.",
+    "Zizzi is in the city centre and serves Italian.",
+    "The Mill is a shop.",
+]
+
+
+def test_chrf_equals_sacrebleu():
+    sacrebleu = pytest.importorskip("sacrebleu", reason="sacrebleu comes with the extra 'evaluate'")
+    expected = sacrebleu.corpus_chrf(HYPOTHESES, [[r[0] for r in REFERENCES]]).score
+    score = Statistics(chrf_counts(HYPOTHESES, [r[:1] for r in REFERENCES]), chrf_of).score()
+    assert score.value == pytest.approx(expected)
+    assert score.low < score.value < score.high
+
+
+@pytest.mark.parametrize("longer", [HYPOTHESES, [text * 3 for text in HYPOTHESES], ["pub", *HYPOTHESES[1:]]])
+def test_nist_equals_nltk(longer: list[str]):
+    """With brevity penalty, without, and with an output that has no pair of words."""
+    nist_score = pytest.importorskip("nltk.translate.nist_score", reason="NLTK comes with the extra 'evaluate'")
+    sacrebleu = pytest.importorskip("sacrebleu.metrics", reason="sacrebleu comes with the extra 'evaluate'")
+    tokens = sacrebleu.BLEU(lowercase=True)._preprocess_segment
+    expected = nist_score.corpus_nist(
+        [[tokens(r).split() for r in several] for several in REFERENCES], [tokens(h).split() for h in longer]
+    )
+    assert nist_of(nist_counts(longer, REFERENCES).sum(axis=0, keepdims=True))[0] == pytest.approx(expected)
+    assert expected > 0
+
+
+def test_nothing_scores_nothing():
+    pytest.importorskip("sacrebleu", reason="sacrebleu comes with the extra 'evaluate'")
+    for counts, formula in ((nist_counts, nist_of), (chrf_counts, chrf_of)):
+        assert Statistics(counts(["", "", ""], REFERENCES), formula).score() == Score(0, 0, 0)
+
+
 def test_ratio_and_its_interval():
     assert ratio([1, 0, 2], [2, 2, 2]) == ratio([1, 0, 2], [2, 2, 2])
     wide, narrow = ratio([0, 1] * 10, [1] * 20), ratio([0, 1] * 1000, [1] * 2000)
@@ -67,7 +102,12 @@ def test_what_is_refused():
 
 
 def test_missing_extras_are_named(monkeypatch: pytest.MonkeyPatch):
-    for module, metric in (("sacrebleu.metrics.bleu", bleu), ("rouge_score.rouge_scorer", rouge_l)):
+    for module, metric in (
+        ("sacrebleu.metrics", bleu),
+        ("sacrebleu.metrics", chrf_counts),
+        ("sacrebleu.metrics", nist_counts),
+        ("rouge_score.rouge_scorer", rouge_l),
+    ):
         monkeypatch.setitem(sys.modules, module, None)
         with pytest.raises(MissingExtra, match=r"shoal\[evaluate\]"):
             metric(["a"], [["a"]])

@@ -20,9 +20,12 @@ from typer.testing import CliRunner
 
 from shoal.cli.tune import tune as tune_command
 from shoal.depth.checkpoint import TunedDepth
-from shoal.depth.plan import ALWAYS
-from shoal.errors import CheckpointError, InvalidInput, InvalidPlan, MissingExtra, PickledCheckpoint
-from shoal.train.tune import TuneConfig, newest_checkpoint, plan_at, plans_for, tune
+from shoal.depth.policies import POLICIES
+from shoal.errors import CheckpointError, InvalidInput, InvalidPlan, MissingExtra, PickledCheckpoint, TuningDiverged
+from shoal.train.config import TuneConfig
+from shoal.train.data import LengthGrouped, collate, read_examples
+from shoal.train.state import newest_checkpoint
+from shoal.train.tune import tune
 
 pytestmark = [
     # transformers' own renaming of checkpointing, seen through accelerate and peft
@@ -69,6 +72,19 @@ def weights(directory: Path) -> dict[str, torch.Tensor]:
     return load_file(directory / "model.safetensors")
 
 
+def tokens_read(data: Path) -> int:
+    """Tokens in the batches of `CONFIG`, counted from their masks."""
+    examples = read_examples(data, make_tokenizer(), max_positions=32)
+    order, total = LengthGrouped(examples, batch_size=16, seed=0), 0
+    for epoch in range(2):
+        order.set_epoch(epoch)
+        places = list(order)
+        for first in range(0, len(places), 16):
+            batch = collate([examples[place] for place in places[first : first + 16]], pad_token_id=0)
+            total += int(batch["attention_mask"].sum())
+    return total
+
+
 @pytest.fixture(scope="module")
 def tuned(start: Path) -> Path:
     """The uninterrupted run."""
@@ -83,6 +99,7 @@ def tuned(start: Path) -> Path:
     assert report.num_examples == 120
     assert report.steps == 16
     assert 0 < report.final_loss < 5
+    assert report.tokens == tokens_read(start / "data.jsonl")
     assert report.horizon == 4  # median of 2..6 tokens, the end-of-sequence token included
     return start / "tuned"
 
@@ -112,16 +129,25 @@ def test_tuning_lowers_the_loss(start: Path, tmp_path: Path):
 CHILD = """
 import sys
 from pathlib import Path
-from shoal.train.tune import TuneConfig, tune
+from shoal.train.config import TuneConfig
+from shoal.train.tune import tune
 home, output = Path(sys.argv[1]), Path(sys.argv[2])
 tune(str(home / "model"), home / "data.jsonl", output, TuneConfig(**eval(sys.argv[3])))
 """
 
 
-def test_killed_run_resumes_to_the_same_weights(start: Path, tuned: Path, tmp_path: Path):
+NEED = replace(CONFIG, depths=(1.0, 1 / 3, 2 / 3), warmup_layers=0, depth_sampling="need", distill=0.5)
+"""Everything that a state must bring back: recent losses, and a teacher that is made anew."""
+
+
+@pytest.mark.parametrize("config", [CONFIG, NEED], ids=["even", "need"])
+def test_killed_run_resumes_to_the_same_weights(start: Path, tuned: Path, tmp_path: Path, config: TuneConfig):
+    if config is not CONFIG:
+        tuned = tmp_path / "whole"
+        tune(str(start / "model"), start / "data.jsonl", tuned, config)
     output = tmp_path / "resumed"
     state = tmp_path / "resumed.tuning"
-    command = [sys.executable, "-c", CHILD, str(start), str(output), repr(asdict(CONFIG))]
+    command = [sys.executable, "-c", CHILD, str(start), str(output), repr(asdict(config))]
     child = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     try:
         while newest_checkpoint(state) is None:
@@ -133,12 +159,12 @@ def test_killed_run_resumes_to_the_same_weights(start: Path, tuned: Path, tmp_pa
     assert not output.exists()
 
     with pytest.raises(InvalidInput, match="interrupted run"):
-        tune(str(start / "model"), start / "data.jsonl", output, CONFIG)
-    other = replace(CONFIG, seed=9)
+        tune(str(start / "model"), start / "data.jsonl", output, config)
+    other = replace(config, seed=9)
     with pytest.raises(InvalidInput, match="another seed: 0 before, 9 now"):
         tune(str(start / "model"), start / "data.jsonl", output, other, resume=True)
 
-    report = tune(str(start / "model"), start / "data.jsonl", output, CONFIG, resume=True)
+    report = tune(str(start / "model"), start / "data.jsonl", output, config, resume=True)
     assert report.steps == 16
     expected, found = weights(tuned), weights(output)
     assert expected.keys() == found.keys()
@@ -152,7 +178,7 @@ def test_two_processes_share_a_batch(start: Path, tmp_path: Path):
     shutil.copy(start / "data.jsonl", tmp_path)
     settings = json.loads((tmp_path / "model" / "config.json").read_text(encoding="utf-8"))
     (tmp_path / "model" / "config.json").write_text(json.dumps(settings | {"dropout": 0.0}), encoding="utf-8")
-    config = replace(CONFIG, epochs=1, batch_size=12)
+    config = replace(NEED, epochs=1, batch_size=12)
     child = tmp_path / "child.py"
     child.write_text(CHILD, encoding="utf-8")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -195,16 +221,6 @@ def test_lora_is_merged(start: Path, tmp_path: Path):
     assert all(name.endswith("weight") and "layers" in name and "norm" not in name for name in changed)
 
 
-def test_plans_are_drawn_evenly_and_repeatably():
-    plans = plans_for((1.0, 1.0, 0.5, 0.25), 12, horizon=8, warmup_layers=1)
-    drawn = [plan_at(plans, batch, seed=3) for batch in range(40)]
-    assert drawn == [plan_at(plans, batch, seed=3) for batch in range(40)]
-    assert drawn != [plan_at(plans, batch, seed=4) for batch in range(40)]
-    for cycle in range(0, 40, 4):
-        assert sorted(p.cutoffs for p in drawn[cycle : cycle + 4]) == sorted(p.cutoffs for p in plans)
-    assert plans[0].cutoffs == (ALWAYS,) * 12
-
-
 def test_what_is_refused(start: Path, tmp_path: Path):
     model, data = str(start / "model"), start / "data.jsonl"
     with pytest.raises(InvalidInput, match="exists already"):
@@ -220,10 +236,63 @@ def test_what_is_refused(start: Path, tmp_path: Path):
         {"depths": ()},
         {"batch_size": 5, "accumulate": 2},
         {"lora_rank": 0},
+        {"steps": 0},
+        {"learning_rate": float("nan")},
+        {"policy": "calm"},
+        {"policy": "unified", "horizon": 4},
+        {"policy": "d3", "warmup_layers": 2},
+        {"depths": (0.5,), "depth_sampling": "need"},
+        {"depth_sampling": "greedy"},
+        {"distill": 1.5},
+        {"from_scratch": True, "distill": 0.5},
+        {"from_scratch": True, "lora_rank": 2},
+        {"num_layers": 0},
+        {"num_layers": 2},
     ):
         with pytest.raises(InvalidInput, match=next(reversed(wrong))):
             TuneConfig(**wrong)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("policy", [name for name in POLICIES if name != "skipdecode"])
+def test_every_policy_is_trained_and_recorded(start: Path, tmp_path: Path, policy: str):
+    config = TuneConfig(policy=policy, depths=(1.0, 2 / 3), steps=3, batch_size=16, learning_rate=1e-2)
+    report = tune(str(start / "model"), start / "data.jsonl", tmp_path / "out", config)
+    assert report.steps == 3
+    assert TunedDepth.load(tmp_path / "out") == TunedDepth(policy=policy, horizon=4, depths=(1.0, 2 / 3))
+
+
+def test_from_scratch_leaves_the_weights_alone_and_may_take_fewer_layers(start: Path, tmp_path: Path):
+    bare = shutil.copytree(start / "model", tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
+    config = TuneConfig(depths=(1.0,), steps=1, batch_size=16, from_scratch=True, num_layers=2)
+    data = start / "data.jsonl"
+    for model, seed, output in ((start / "model", 0, "a"), (bare, 0, "b"), (bare, 1, "c")):
+        tune(str(model), data, tmp_path / output, replace(config, seed=seed))
+    a, b, c = (weights(tmp_path / output) for output in "abc")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not torch.equal(a["model.decoder.embed_tokens.weight"], c["model.decoder.embed_tokens.weight"])
+    assert json.loads((tmp_path / "a" / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"] == 2
+    assert not any(".layers.2." in name for name in a)
+    with pytest.raises(InvalidInput, match="num_layers must be at most 3"):
+        tune(str(bare), data, tmp_path / "d", replace(config, num_layers=4))
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_the_last_good_state(start: Path, tmp_path: Path):
+    """A learning rate of 0 in the first step (warm-up), far too much in the second: its weights break the third."""
+    model, data, output = str(start / "model"), start / "data.jsonl", tmp_path / "out"
+    config = TuneConfig(depths=(1.0,), steps=9, batch_size=16, learning_rate=1e30, save_every=1)
+    state = tmp_path / "out.tuning"
+    with pytest.raises(
+        TuningDiverged, match=r"step 2, depth 1: the loss is .*checkpoint-1 is from before it.* below 1e\+30"
+    ):
+        tune(model, data, output, config)
+    assert not output.exists()
+    assert newest_checkpoint(state) == str(state / "checkpoint-1")
+    kept = weights(state / "checkpoint-1")
+    assert all(value.isfinite().all() for value in kept.values())
+    with pytest.raises(TuningDiverged, match="step 2"):
+        tune(model, data, output, config, resume=True)
+    assert newest_checkpoint(state) == str(state / "checkpoint-1")
 
 
 def test_what_the_engine_would_refuse_is_not_tuned(start: Path, tmp_path: Path):
@@ -256,6 +325,14 @@ def test_command(start: Path, tmp_path: Path):
     assert result.exit_code == 0, result.output
     assert "120 examples, 4 steps" in result.output
     assert TunedDepth.load(tmp_path / "out") == TunedDepth(horizon=5, warmup_layers=1, depths=(1.0, 2 / 3))
+    small = [str(tmp_path / "small") if a == str(tmp_path / "out") else a for a in arguments]
+    more = ["--depths", "1,1/2", "--policy", "early-termination", "--depth-sampling", "need", "--steps", "2"]
+    result = CliRunner().invoke(app, [*small, *more, "--from-scratch", "--num-layers", "2"])
+    assert result.exit_code == 1, "two layers with one warm-up layer cannot run at depth 1/2"
+    result = CliRunner().invoke(app, [*small, *more, "--depths", "1,2/3", "--distill", "0.5"])
+    assert result.exit_code == 0, result.output
+    expected = TunedDepth(policy="early-termination", horizon=4, depths=(1.0, 2 / 3))
+    assert TunedDepth.load(tmp_path / "small") == expected
     refused = CliRunner().invoke(app, [*arguments, "--depths", "1,half"])
     assert refused.exit_code == 2
     assert "'half' is not a share of the layers" in refused.output

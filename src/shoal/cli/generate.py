@@ -23,7 +23,8 @@ from shoal.cli.prompts import Format, read_prompts
 from shoal.cli.savings import savings_table
 from shoal.depth.checkpoint import fit_horizon
 from shoal.depth.plan import Dense, DepthPolicy
-from shoal.depth.skipdecode import SkipDecode
+from shoal.depth.policies import POLICIES
+from shoal.depth.routers import load_router
 from shoal.engine.engine import Engine
 from shoal.engine.request import Generation
 from shoal.engine.run_cost import RunCost
@@ -48,6 +49,15 @@ def generate(
     ] = False,
     timeout_s: Annotated[float | None, typer.Option(help="Seconds after which it stops; --resume goes on.")] = None,
     depth: options.Depth = None,
+    policy_name: options.Policy = "skipdecode",
+    router: Annotated[
+        Path | None,
+        option(
+            "Depth",
+            "Instead of a depth: a router that `shoal route` trained picks each prompt's layers.",
+            metavar="DIRECTORY",
+        ),
+    ] = None,
     min_layers: options.MinLayers = None,
     max_layers: options.MaxLayers = None,
     horizon: options.Horizon = None,
@@ -91,6 +101,7 @@ def generate(
     head -1 prompts.txt | shoal generate shoal-e2e - -o - --depth 1/3
     """
     policy = options.depth_policy(
+        policy=policy_name,
         depth=depth,
         min_layers=min_layers,
         max_layers=max_layers,
@@ -99,15 +110,22 @@ def generate(
         clock=clock,
         prompt_layers=prompt_layers,
     )
-    if horizon_from is not None and (horizon is not None or not isinstance(policy, SkipDecode)):
-        raise InvalidInput("--horizon-from goes with --depth or bounds, and instead of --horizon")
-    if compare_dense and not isinstance(policy, SkipDecode):
+    if router is not None:
+        if not isinstance(policy, Dense):
+            raise InvalidInput("--router picks the layers itself: leave --depth and bounds out")
+        policy = load_router(router)
+    if horizon_from is not None and (horizon is not None or not hasattr(policy, "horizon")):
+        raise InvalidInput(
+            "--horizon-from goes with --depth or bounds of a policy that has a horizon, and instead of --horizon"
+        )
+    if compare_dense and isinstance(policy, Dense):
         raise InvalidInput("--compare-dense compares a plan with every layer: give it a depth with --depth, or bounds")
     lines = read_prompts(prompts, format=format, column=prompt_column)
     console = Console(stderr=True)
-    if horizon_from is not None and isinstance(policy, SkipDecode):
-        policy = replace(policy, horizon=fit_horizon(read_lengths(horizon_from, model, revision=revision, token=token)))
-        console.print(Text(f"horizon {policy.horizon}, the median length in {horizon_from}"))
+    if horizon_from is not None:
+        fitted = fit_horizon(read_lengths(horizon_from, model, revision=revision, token=token))
+        policy = replace(cast(Any, policy), horizon=fitted)
+        console.print(Text(f"horizon {fitted}, the median length in {horizon_from}"))
     sampling = Sampling(
         max_new_tokens=max_new_tokens,
         min_new_tokens=min_new_tokens,
@@ -124,7 +142,9 @@ def generate(
         n=n,
         logprobs=logprobs,
     )
-    settings = settings_of(policy, sampling, model=model, revision=revision, dtype=dtype, token_ids=token_ids)
+    settings = settings_of(
+        policy, sampling, model=model, revision=revision, dtype=dtype, token_ids=token_ids, router=router
+    )
     with CompletionsFile(out, lines, samples=n, settings=settings, resume=resume) as completions:
         engine = Engine.from_pretrained(
             model,
@@ -165,7 +185,14 @@ def generate(
 
 
 def settings_of(
-    policy: DepthPolicy, sampling: Sampling, *, model: str, revision: str | None, dtype: str, token_ids: bool
+    policy: DepthPolicy,
+    sampling: Sampling,
+    *,
+    model: str,
+    revision: str | None,
+    dtype: str,
+    token_ids: bool,
+    router: Path | None = None,
 ) -> dict[str, Any]:
     """What decides the completions, where it is not the default, as it comes out of JSON."""
     settings: dict[str, Any] = {"model": model}
@@ -175,10 +202,16 @@ def settings_of(
         settings["dtype"] = dtype
     if token_ids:
         settings["token_ids"] = True
-    for options_of in (policy, sampling) if isinstance(policy, SkipDecode) else (sampling,):
+    if router is not None:
+        settings["router"] = str(router)
+    name = next((name for name, kind in POLICIES.items() if isinstance(policy, kind)), "")
+    if name not in ("", "skipdecode"):
+        settings["policy"] = name
+    for options_of in cast(Any, (policy, sampling) if name else (sampling,)):
         for field in fields(options_of):
             value = getattr(options_of, field.name)
-            if field.default is not MISSING and value != field.default:
+            default = field.default if field.default_factory is MISSING else field.default_factory()
+            if value != default:  # a field without a default is always one that decides
                 # A line has a field `prompt` already.
                 settings["prompt_layers" if field.name == "prompt" else field.name] = value
     return cast(dict[str, Any], json.loads(json.dumps(settings)))

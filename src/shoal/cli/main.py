@@ -11,10 +11,15 @@ from typer.core import TyperGroup
 
 from shoal import __version__
 from shoal.cli.convert import convert
+from shoal.cli.frontier import frontier
 from shoal.cli.generate import generate
 from shoal.cli.info import info
 from shoal.cli.plan import plan
+from shoal.cli.report import report
+from shoal.cli.route import route
+from shoal.cli.suits import suits
 from shoal.cli.tune import tune
+from shoal.cli.voids import voids
 from shoal.errors import CheckpointError, InvalidInput, MissingExtra, ShoalError
 
 
@@ -57,7 +62,7 @@ def main(
     """What stands before a command."""
 
 
-for command in (generate, plan, info, convert, tune):
+for command in (generate, plan, info, convert, tune, voids, frontier, route, suits, report):
     app.command()(command)
 
 

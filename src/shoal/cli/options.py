@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from shoal.depth.plan import Dense, DepthPolicy
-from shoal.depth.skipdecode import SkipDecode
+from shoal.depth.policies import POLICIES
 from shoal.errors import InvalidPlan
 
 
@@ -43,6 +43,10 @@ Depth = Annotated[
         metavar="SHARE",
     ),
 ]
+Policy = Annotated[
+    Literal["skipdecode", "early-termination", "unified", "hierarchical", "d3"],
+    option("Depth", "Which layers run at a depth; some options below are SkipDecode's alone.", "--policy"),
+]
 MinLayers = Annotated[
     int | None, option("Depth", "Instead of --depth: layers that run from the horizon on, warm-up included.")
 ]
@@ -76,6 +80,7 @@ Token = Annotated[str | None, option("Model", "Access token for the hub.", envva
 
 def depth_policy(
     *,
+    policy: str,
     depth: float | None,
     min_layers: int | None,
     max_layers: int | None,
@@ -86,21 +91,26 @@ def depth_policy(
 ) -> DepthPolicy:
     """The policy that the options ask for: `Dense` where neither a depth nor bounds are given.
 
-    Raises `InvalidPlan` where they contradict each other.
+    Raises `InvalidPlan` where they contradict each other, or the policy has no such setting.
     """
+    bounds = {"min_layers": min_layers, "max_layers": max_layers}
+    shape = {
+        "horizon": horizon,
+        "warmup_layers": warmup_layers,
+        "clock": None if clock == "generated" else clock,
+        "prompt": None if prompt_layers == "all" else prompt_layers,
+    }
     if depth is None and min_layers is None and max_layers is None:
-        if (horizon, warmup_layers, clock, prompt_layers) != (None, None, "generated", "all"):
+        if policy != "skipdecode" or any(value is not None for value in shape.values()):
             raise InvalidPlan(
-                "--horizon, --warmup-layers, --clock and --prompt-layers shape a plan: "
+                "--policy, --horizon, --warmup-layers, --clock and --prompt-layers shape a plan: "
                 "give it a depth with --depth, or with --min-layers and --max-layers"
             )
         return Dense()
-    return SkipDecode(
-        depth=depth,
-        min_layers=min_layers,
-        max_layers=max_layers,
-        horizon=horizon,
-        warmup_layers=warmup_layers,
-        clock=clock,
-        prompt=prompt_layers,
-    )
+    settings = {name: value for name, value in {**bounds, **shape}.items() if value is not None}
+    for name in settings:
+        if name not in POLICIES[policy].__dataclass_fields__:
+            option_name = {"prompt": "prompt-layers"}.get(name, name.replace("_", "-"))
+            raise InvalidPlan(f"--policy {policy} has no --{option_name}: leave it out, or use --policy skipdecode")
+    made: DepthPolicy = POLICIES[policy](depth=depth, **settings)
+    return made

@@ -102,6 +102,7 @@ def plan(
     new_tokens: Annotated[int, typer.Option(min=1, help="Length of the completion.")] = 30,
     batch: Annotated[int, typer.Option(min=1, help="Such requests that run together.")] = 1,
     depth: options.Depth = None,
+    policy_name: options.Policy = "skipdecode",
     min_layers: options.MinLayers = None,
     max_layers: options.MaxLayers = None,
     horizon: options.Horizon = None,
@@ -120,6 +121,7 @@ def plan(
     shoal plan --layers 24 --min-layers 6 --max-layers 18 --horizon 64
     """
     policy = options.depth_policy(
+        policy=policy_name,
         depth=depth,
         min_layers=min_layers,
         max_layers=max_layers,
@@ -136,7 +138,7 @@ def plan(
     if model is not None:
         directory = resolve(model, revision=revision, token=token, weights=None)
         shape, tuned = read_sizes(directory, dtype=dtype)[0].shape, TunedDepth.load(directory)
-        if tuned is not None and isinstance(policy, SkipDecode):
+        if tuned is not None:
             policy = tuned.fill(policy)
     # Costs that layers alone decide do not depend on the widths.
     shape_or_units = shape or ModelShape(
@@ -154,9 +156,11 @@ def plan(
     drawn = make(policy)
     dense = cost(make(Dense()))
     costs: dict[str, PlanCost] = {}
+    if not isinstance(policy, Dense):
+        costs["plan"] = cost(drawn)
     if isinstance(policy, SkipDecode):
         names: dict[Literal["all", "max_layers"], str] = {"all": "plan", "max_layers": "shallow prompt"}
-        costs = {name: cost(make(replace(policy, prompt=prompt))) for prompt, name in names.items()}
+        costs |= {name: cost(make(replace(policy, prompt=prompt))) for prompt, name in names.items()}
     if json_:
         table = {"dense": dense, **costs}
         print(json.dumps({"plan": drawn.to_dict(), "costs": {name: asdict(c) for name, c in table.items()}}))

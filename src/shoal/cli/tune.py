@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -21,11 +21,27 @@ def tune(
     depths: Annotated[
         str, option("Depth", "One is drawn per batch; name one twice to draw it twice as often.", metavar="SHARES")
     ] = "1,1,1/2,1/3,1/4,1/5",
+    policy: options.Policy = "skipdecode",
+    depth_sampling: Annotated[
+        Literal["even", "need"],
+        option("Depth", "need: depths whose loss exceeds the dense one by more come more often."),
+    ] = "even",
     horizon: Annotated[
         int | None, option("Depth", "Tokens over which depth falls. Default: the median completion of DATA.")
     ] = None,
     warmup_layers: Annotated[int, option("Depth", "Bottom layers that always run.")] = 1,
+    from_scratch: Annotated[
+        bool, option("Start", "Random weights: of MODEL, config and tokenizer alone are read.", "--from-scratch")
+    ] = False,
+    num_layers: Annotated[
+        int | None, option("Start", "With --from-scratch: fewer layers than the config of MODEL says.")
+    ] = None,
+    distill: Annotated[
+        float,
+        option("Training", "Share of the loss that MODEL's own dense predictions teach, 0 to 1.", metavar="SHARE"),
+    ] = 0.0,
     epochs: Annotated[float, option("Training", "Passes over DATA.")] = 1.0,
+    steps: Annotated[int | None, option("Training", "Optimizer steps, instead of --epochs.")] = None,
     lr: Annotated[float, option("Training", "Peak learning rate of AdamW; 3% warm-up, then a cosine.")] = 3e-4,
     batch_size: Annotated[int, option("Training", "Examples per optimizer step.")] = 64,
     accumulate: Annotated[int, option("Training", "Micro-batches per step; more of them need less memory.")] = 1,
@@ -37,7 +53,7 @@ def tune(
         bool, option("Training", "Trade time for memory.", "--gradient-checkpointing")
     ] = False,
     save_every: Annotated[int, option("Training", "Steps between states that --resume can go on from.")] = 200,
-    seed: Annotated[int, option("Training", "Of data order, depths and dropout.")] = 0,
+    seed: Annotated[int, option("Training", "Of data order, depths, dropout and random weights.")] = 0,
 ) -> None:
     """Fine-tune a checkpoint for one depth, or for a set of depths at once.
 
@@ -48,17 +64,26 @@ def tune(
     shoal tune EleutherAI/pythia-160m pairs.jsonl -o half --depths 1/2 --horizon 64 --epochs 2 --lr 2e-5
 
     shoal tune Qwen/Qwen3-0.6B pairs.jsonl -o tuned --lora-rank 16 --accumulate 8 --lr 1e-4
+
+    shoal tune Qwen/Qwen3-0.6B pairs.jsonl -o tuned --policy unified --distill 0.5 --lr 2e-5
     """
     # Here, not above: transformers takes seconds to import, and other commands do not need its Trainer.
     from transformers.utils import logging
 
     from shoal.train import tune as training
+    from shoal.train.config import TuneConfig
 
-    config = training.TuneConfig(
+    config = TuneConfig(
+        policy=policy,
         depths=tuple(options.parse_depth(depth.strip()) for depth in depths.split(",")),
+        depth_sampling=depth_sampling,
         horizon=horizon,
         warmup_layers=warmup_layers,
+        from_scratch=from_scratch,
+        num_layers=num_layers,
+        distill=distill,
         epochs=epochs,
+        steps=steps,
         learning_rate=lr,
         batch_size=batch_size,
         accumulate=accumulate,

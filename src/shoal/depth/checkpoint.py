@@ -7,30 +7,34 @@ import statistics
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
-from shoal.depth.skipdecode import SkipDecode
+from shoal.depth.policies import POLICIES
 from shoal.errors import CheckpointError, InvalidInput, nearest
 
 FILE_NAME = "depth_plan.json"
+OPEN_FIELDS = ("horizon", "warmup_layers")
+"""Fields that a policy leaves open with None."""
+AnyPolicy = TypeVar("AnyPolicy")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TunedDepth:
-    """Defaults that a tuned checkpoint gives to `SkipDecode`."""
+    """What a checkpoint was tuned for; its horizon and warm-up layers are defaults of the policies in `POLICIES`."""
 
     policy: str = "skipdecode"
-    """Policy that the checkpoint was tuned with."""
+    """Policy that the checkpoint was tuned with, a name in `shoal.depth.policies.POLICIES`."""
     horizon: int
     """Clocks over which depth fell during tuning."""
     warmup_layers: int = 1
-    """Bottom layers that always ran during tuning."""
+    """Bottom layers that always ran during tuning; 1 with policies that have no such setting."""
     depths: tuple[float, ...] = (1.0,)
     """Depths that the checkpoint was tuned for, 1.0 being dense."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "depths", tuple(float(d) for d in self.depths))
         rules = {
-            "policy": (self.policy == "skipdecode", "'skipdecode'"),
+            "policy": (self.policy in POLICIES, f"one of {', '.join(POLICIES)}"),
             "horizon": (isinstance(self.horizon, int) and self.horizon >= 1, "1 or more clocks"),
             "warmup_layers": (isinstance(self.warmup_layers, int) and self.warmup_layers >= 0, "0 or more layers"),
             "depths": (all(0 < depth <= 1 for depth in self.depths), "shares of the layers, above 0 and at most 1"),
@@ -39,17 +43,20 @@ class TunedDepth:
             if not holds:
                 raise InvalidInput(f"{name} must be {allowed}, got {getattr(self, name)!r}")
 
-    def fill(self, policy: SkipDecode) -> SkipDecode:
-        """`policy` with its open fields (horizon, warm-up layers) taken from the checkpoint.
+    def fill(self, policy: AnyPolicy) -> AnyPolicy:
+        """`policy` with its open fields (horizon, warm-up layers) taken from the checkpoint, where it is one of `POLICIES`.
 
+        What is not comes back as it is: in a plan, or in a policy of the user's own, a field of that name may mean anything.
         The checkpoint's horizon counts generated tokens, so it says nothing of the column clock.
         """
-        horizon = self.horizon if policy.clock == "generated" else None
-        return replace(
-            policy,
-            horizon=policy.horizon or horizon,
-            warmup_layers=self.warmup_layers if policy.warmup_layers is None else policy.warmup_layers,
-        )
+        if not isinstance(policy, tuple(POLICIES.values())):
+            return policy
+        known: Any = policy
+        filled = {name: getattr(self, name) for name in OPEN_FIELDS if getattr(known, name, "absent") is None}
+        if getattr(known, "clock", "generated") == "column":
+            filled.pop("horizon", None)
+        made: AnyPolicy = replace(known, **filled)
+        return made
 
     def save(self, directory: Path) -> None:
         """Write `depth_plan.json` into `directory`."""

@@ -1,10 +1,11 @@
 """D3: the number of layers decays geometrically, the middle ones go first (Fan et al. 2025, arXiv 2503.08524).
 
-The paper keeps floor(L a^i) layers at step i and drops middle ones, without training. Which of the middle ones is our reading: from the middle
-outwards, so that k layers are the lowest ceil(k/2) and the highest floor(k/2). The decay stops at `min_layers`, or at the horizon.
+The paper keeps floor(L a^i) layers at step i and drops middle ones, without training. Which of the middle ones is our reading:
+from the middle outwards, so that k layers are the lowest ceil(k/2) and the highest floor(k/2). The decay stops at `min_layers`,
+or at the horizon.
 
-Example, L = 6, a = 0.8, horizon 6, one layer at least: 6, 4 (4.8), 3 (3.84), 3 (3.07), 2 (2.46), 1 (1.97) layers, so the cutoffs are
-(ALWAYS, 4, 1, 1, 2, 5).
+Example, L = 6, a = 0.8, horizon 6, one layer at least: 6, 4 (4.8), 3 (3.84), 3 (3.07), 2 (2.46), 1 (1.97) layers, so the cutoffs
+are (ALWAYS, 4, 1, 1, 2, 5).
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Early termination: the bottom layers only, on SkipDecode's schedule.
 
-What SkipDecode is compared with in its paper (Del Corro et al. 2023, arXiv 2307.02628): as many layers at every position, but the lowest
-ones, and the head reads the state where they end. The paper argues that skipping is better, since the layers next to the head always run.
+What SkipDecode is compared with in its paper (Del Corro et al. 2023, arXiv 2307.02628): as many layers at every position, but the
+lowest ones, and the head reads the state where they end. The paper argues that skipping is better, since the layers next to the
+head always run.
 
 Example, L = 6, m = 2, M = 4, N = 5: 4 4 3 3 2 2 2 ... layers, so the cutoffs are (ALWAYS, ALWAYS, 4, 2, 0, 0).
 """

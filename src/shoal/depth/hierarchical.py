@@ -1,11 +1,12 @@
 """Hierarchical Skip Decoding: steps of evenly spread layers that halve as the text grows (Zhu et al. 2024, arXiv 2403.14919).
 
-The paper's exact rule could not be read in any source; this is our reading. Level j keeps the first layer, the last, and every 2^j-th:
+The paper's exact rule could not be read in any source; this is our reading. Level j keeps the first layer, the last, and every
+2^j-th:
 
     L = 12     level 0: all 12     level 1: 0 2 4 6 8 10 11     level 2: 0 4 8 11     level 3: 0 8 11     level 4: 0 11
 
-Levels nest, so the cache stays exact. Two neighbouring levels share the horizon such that their mean is the target: depth 1/2 of 12 layers is
-6 layers, between level 1 (7) and level 2 (4), so level 1 serves two thirds of the clocks and level 2 the rest.
+Levels nest, so the cache stays exact. Two neighbouring levels share the horizon such that their mean is the target: depth 1/2 of
+12 layers is 6 layers, between level 1 (7) and level 2 (4), so level 1 serves two thirds of the clocks and level 2 the rest.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class HierarchicalSkip:
         if sizes[upper] > sizes[lower]:
             step = round_half_up(horizon * (target - sizes[lower]) / (sizes[upper] - sizes[lower]))
         # In numbers of layers: what the lower level keeps is needed always, what the upper one adds as long as that many run.
-        keeps = {layer: sizes[lower] for layer in level(num_layers, lower)}
+        keeps = dict.fromkeys(level(num_layers, lower), sizes[lower])
         adds = {layer: sizes[upper] for layer in level(num_layers, upper) if layer not in keeps}
         never = num_layers + 1
         needed = [keeps.get(layer, adds.get(layer, never)) for layer in range(num_layers)]

@@ -17,6 +17,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from shoal.depth.cost import PlanCost, plan_cost
 from shoal.depth.shape import ModelShape
 from shoal.errors import InvalidPlan
@@ -124,6 +127,25 @@ class DepthPolicy(Protocol):
 
     def plan(self, num_layers: int, *, prompt_tokens: int, max_new_tokens: int) -> DepthPlan:
         """The plan for a model of `num_layers`, a prompt of `prompt_tokens` and at most `max_new_tokens` generated."""
+        ...
+
+
+class Router(Protocol):
+    """A policy that looks at the prompt: its plan is made once the prompt has been read, by every layer."""
+
+    num_windows: int
+    """Stretches of equal length that the prompt is cut into; shorter prompts have one per token."""
+
+    def plan(self, num_layers: int, *, prompt_tokens: int, max_new_tokens: int) -> DepthPlan:
+        """The deepest plan that `route` may make: what the request reserves until then. All layers must read the prompt."""
+        ...
+
+    def check(self, shape: ModelShape) -> None:
+        """Raise `InvalidPlan` where the router was made for another model."""
+        ...
+
+    def route(self, states: NDArray[np.float32]) -> DepthPlan:
+        """The plan, from states [L + 1, windows, d]: the mean of each window's tokens before every layer, and after the last."""
         ...
 
 

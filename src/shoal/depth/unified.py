@@ -1,10 +1,11 @@
 """Unified Layer Skipping: one set of evenly spread layers for every generated token (Liu et al. 2024, arXiv 2404.06954).
 
 Only the target decides. With L layers, K = floor(L x depth) are kept: the first, the last, and of those between the multiples of
-floor(L / (K - 1)), from the bottom, until there are K, as in the public code. Example, L = 12, depth 1/3: K = 4, every 4th: 0, 4, 8, 11.
+floor(L / (K - 1)), from the bottom, until there are K, as in the public code. Example, L = 12, depth 1/3: K = 4, every 4th: 0, 4,
+8, 11.
 
-Where L is not much larger than K the interval is 1 and the kept layers are the lowest ones (L = 12, K = 8: 0..6 and 11); that is how the
-authors' rule reads.
+Where L is not much larger than K the interval is 1 and the kept layers are the lowest ones (L = 12, K = 8: 0..6 and 11); that is
+how the authors' rule reads.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ class UnifiedSkip:
         num_kept = math.floor(num_layers * self.depth + 1e-9)
         if num_kept < min(2, num_layers):
             raise InvalidPlan(
-                f"depth {self.depth:.4g} keeps {num_kept} of {num_layers} layers, Unified Layer Skipping at least the first and the "
-                f"last: choose between 2/{num_layers} = {2 / num_layers:.3f} and 1"
+                f"depth {self.depth:.4g} keeps {num_kept} of {num_layers} layers, Unified Layer Skipping at least the first and "
+                f"the last: choose between 2/{num_layers} = {2 / num_layers:.3f} and 1"
             )
         kept = {0, num_layers - 1}
         interval = num_layers // max(1, num_kept - 1)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from shoal.models.passes import Ints, LayerWork, Pass
+from shoal.models.passes import Ints, LayerWork, Pass, StateSums
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,10 +36,13 @@ def deepest_first(rows: Rows) -> Rows:
     )
 
 
-def build_pass(rows: Rows, token_ids: Sequence[int], emits: NDArray[np.bool_]) -> Pass:
+def build_pass(
+    rows: Rows, token_ids: Sequence[int], emits: NDArray[np.bool_], state_sums: StateSums | None = None
+) -> Pass:
     """The input of the decoder.
 
-    Args: `token_ids`: the rows' tokens in the rows' order; `emits` [R]: whether the logits after its last token are wanted.
+    Args: `token_ids`: the rows' tokens in the rows' order; `emits` [R]: whether the logits after its last token are wanted;
+    `state_sums`: as in `Pass`.
     """
     ends = np.cumsum(rows.num_tokens)
     first_tokens = ends - rows.num_tokens
@@ -55,6 +58,7 @@ def build_pass(rows: Rows, token_ids: Sequence[int], emits: NDArray[np.bool_]) -
         positions=np.repeat(rows.starts - first_tokens, rows.num_tokens) + np.arange(ends[-1]),
         layers=tuple(layers),
         logit_tokens=ends[emits] - 1,
+        state_sums=state_sums,
     )
 
 

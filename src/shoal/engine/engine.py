@@ -23,6 +23,7 @@ from shoal.depth.shape import ModelShape
 from shoal.engine.intake import Plan, Prompt, check_job, one_per_prompt, prompts_of
 from shoal.engine.ledger import EngineStats
 from shoal.engine.request import Chunk, Generation, Request
+from shoal.engine.routing import PromptStates
 from shoal.engine.runner import Runner, free_bytes
 from shoal.engine.sampling import Sampling
 from shoal.engine.step_time import StepTime
@@ -277,6 +278,7 @@ class Engine:
                 text=TextStream(self.tokenizer, job.sampling.stop, streaming=streaming),
                 deadline=deadline,
                 future_blocks=job.future_blocks,
+                prompt_states=PromptStates(job.router, self.shape, len(job.prompt)) if job.router else None,
             )
             for sample in range(job.sampling.n)
         ]

@@ -8,11 +8,10 @@ import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from shoal.depth.checkpoint import TunedDepth
-from shoal.depth.plan import Dense, DepthPlan, DepthPolicy
-from shoal.depth.skipdecode import SkipDecode
+from shoal.depth.plan import Dense, DepthPlan, DepthPolicy, Router
 from shoal.engine.cache import KVCache
 from shoal.engine.sampling import Sampling
 from shoal.engine.slots import future_blocks
@@ -60,7 +59,9 @@ class Job:
     sampling: Sampling
     """As given."""
     plan: DepthPlan
-    """Made by the policy, for this model and prompt."""
+    """Made by the policy, for this model and prompt; where a router decides, the deepest that it may make."""
+    router: Router | None
+    """Who makes the plan once the prompt has been read."""
     stop_token_ids: frozenset[int]
     """Tokens that end the completion: end of sequence unless ignored, and stop strings that are special tokens."""
     eos_token_ids: frozenset[int]
@@ -96,11 +97,15 @@ def check_job(
     check_length(len(token_ids), sampling.max_new_tokens, config)
     made = resolve_plan(plan, len(token_ids), sampling.max_new_tokens, config.shape.num_layers, tuned)
     check_budget(made, len(token_ids), sampling.max_new_tokens, cache)
+    router = cast(Router, plan) if hasattr(plan, "route") else None
+    if router is not None:
+        router.check(config.shape)
     eos_token_ids = frozenset(config.eos_token_ids)
     return Job(
         prompt=token_ids,
         sampling=sampling,
         plan=made,
+        router=router,
         stop_token_ids=special_tokens(sampling.stop, tokenizer)
         | (frozenset() if sampling.ignore_eos else eos_token_ids),
         eos_token_ids=eos_token_ids,
@@ -182,7 +187,7 @@ def resolve_plan(
     """The plan of one request: open fields of a policy come from the checkpoint's `depth_plan.json`; None is dense."""
     if plan is None:
         plan = Dense()
-    if isinstance(plan, SkipDecode) and tuned is not None:
+    if tuned is not None:
         plan = tuned.fill(plan)
     if isinstance(plan, DepthPlan):
         made = plan

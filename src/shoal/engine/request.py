@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from shoal.depth.plan import DepthPlan
 from shoal.engine.ledger import Ledger
+from shoal.engine.routing import PromptStates
 from shoal.engine.sampling import Sampling
 from shoal.engine.text import TextStream
 
@@ -46,6 +47,8 @@ class Generation:
     """What it cost."""
     past_horizon: bool
     """Whether it ran on past its plan's horizon, at the plan's minimum depth."""
+    plan: DepthPlan
+    """What decided its layers: as given, made by the policy, or by the router from its prompt."""
     error: str | None = None
     """Why it ended with `error`."""
 
@@ -87,6 +90,8 @@ class Request:
     """`time.monotonic()` at which it ends with `timeout`; None for never."""
     future_blocks: NDArray[np.int64]
     """[max_new_tokens]: most cache blocks it can hold from its k-th pass on, the prompt's being pass 0."""
+    prompt_states: PromptStates | None = None
+    """Where a router decides: what it will read."""
     output: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
 

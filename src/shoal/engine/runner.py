@@ -22,9 +22,10 @@ from shoal.engine.batch import Rows, build_pass, deepest_first
 from shoal.engine.cache import KVCache
 from shoal.engine.ledger import Ledger
 from shoal.engine.request import Chunk, FinishReason, Generation, Request
+from shoal.engine.routing import watch
 from shoal.engine.sampler import Sampled, sample
 from shoal.engine.scheduler import Scheduler
-from shoal.engine.slots import SlotTable
+from shoal.engine.slots import SlotTable, future_blocks
 from shoal.engine.tally import Tally
 from shoal.errors import RequestFailed
 from shoal.models.executor import Executor
@@ -66,13 +67,19 @@ class Runner:
 
         self.cache.hold(rows.slots, np.where(rows.served > 0, rows.starts[:, None] + rows.served, 0))
         self.tally.note_blocks(self.cache.bytes_in_use)
-        logits = self.decoder(build_pass(rows, list(token_ids), emits), self.cache)
+        watched = watch(rows, [request.prompt_states for request in requests], self.decoder.device)
+        sums = watched.sums if watched else None
+        logits = self.decoder(build_pass(rows, list(token_ids), emits, sums), self.cache)
         emitting = [request for request, emit in zip(requests, emits, strict=True) if emit]
         sampled = sample(logits, emitting)
 
         decodes = self.slots.decodes(rows)
         self.slots.record(rows)  # from here on the pass counts: whatever interrupts what is above, it can be run again
+        if watched:
+            watched.keep()
         for request, one in zip(emitting, sampled, strict=True):
+            if request.prompt_states and not request.output:
+                one = self._route(request, one)
             chunks.append(self._commit(request, one))
         retired = (rows.served > 0) & (self.slots.cutoffs[rows.slots] <= self.slots.clock(rows.slots)[:, None])
         if retired.any():
@@ -119,6 +126,17 @@ class Runner:
         served = self.slots.served(slots, num_tokens)
         return deepest_first(Rows(slots=slots, starts=starts, num_tokens=num_tokens, served=served))
 
+    def _route(self, request: Request, sampled: Sampled | RequestFailed) -> Sampled | RequestFailed:
+        """The prompt has been read: take the router's plan from here on. Returns `sampled`, or why there is no plan."""
+        assert request.prompt_states is not None
+        try:
+            request.plan = request.prompt_states.route(self.shape.num_layers)
+        except RequestFailed as error:
+            return error
+        request.future_blocks = future_blocks(request.plan, len(request.prompt), request.sampling.max_new_tokens)
+        self.slots.cutoffs[self.slots.requests.index(request)] = request.plan.cutoffs
+        return sampled
+
     def _commit(self, request: Request, sampled: Sampled | RequestFailed) -> Chunk:
         """Add a token to a request's output, and end the request if that was its last."""
         if isinstance(sampled, RequestFailed):
@@ -162,6 +180,7 @@ class Runner:
             logprobs=tuple(request.logprobs) if request.sampling.logprobs is not None else None,
             ledger=ledger,
             past_horizon=past_horizon,
+            plan=request.plan,
             error=error,
         )
         return request.chunk(token_ids=token_ids, text=text, generation=generation)

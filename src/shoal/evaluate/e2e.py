@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shoal.errors import InvalidInput
-from shoal.evaluate.text import Score, ratio
+from shoal.evaluate.bootstrap import Score, ratio
 
 
 @dataclass(frozen=True)

@@ -148,13 +148,11 @@ class Decoder:
         Returns logits [len(work.logit_tokens), V] in the model's dtype; the keys and values of every (layer, token) that ran
         are in `cache` afterwards.
         """
-        positions = on(self.device, work.positions)
-        x = F.embedding(on(self.device, work.token_ids), self.embedding)
-        if self.position_table is not None:
-            x += F.embedding(positions + self.config.position_offset, self.position_table)
-
-        attention = self._attention(work, cache, positions)
+        x = self.embed(work)
+        attention = self.attention(work, cache)
         for index, (layer, active) in enumerate(zip(self.layers, work.layers, strict=True)):
+            if work.state_sums:
+                work.state_sums.add(index, x)
             if active is None:
                 continue
             attend_heads = attention(index)
@@ -165,17 +163,33 @@ class Decoder:
                 picked = x[select]
                 layer(picked, attend_heads)
                 x[select] = picked
+        if work.state_sums:
+            work.state_sums.add(len(self.layers), x)
 
-        return self.head(self.final_norm(x[on(self.device, work.logit_tokens)]))
+        return self.logits(x[on(self.device, work.logit_tokens)])
 
-    def _attention(self, work: Pass, cache: LayerCaches, positions: Tensor) -> Callable[[int], Attend]:
+    # The parts of a pass, for those who stop between layers (`baselines/`); they call them in inference mode.
+
+    def embed(self, work: Pass) -> Tensor:
+        """States [N, d] of the pass's tokens before the first layer."""
+        x = F.embedding(on(self.device, work.token_ids), self.embedding)
+        if self.position_table is not None:
+            positions = on(self.device, work.positions) + self.config.position_offset
+            x += F.embedding(positions, self.position_table)
+        return x
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Final norm and head: states [n, d] after any layer to logits [n, V]."""
+        return self.head(self.final_norm(x))
+
+    def attention(self, work: Pass, cache: LayerCaches) -> Callable[[int], Attend]:
         """Each layer's attention: by the kernel where there is one and every row brings one token, else by PyTorch."""
         distinct = {id(active): active for active in work.layers if active is not None}
         if self.native_attention and all(active.num_tokens == len(active.spans) for active in distinct.values()):
             return self.native_attention.begin(work, cache)
 
         layouts = {key: lay_out(active, cache.keys[0]) for key, active in distinct.items()}
-        cos_sin = self.rotary(positions, self.dtype) if self.rotary else None
+        cos_sin = self.rotary(on(self.device, work.positions), self.dtype) if self.rotary else None
 
         def of_layer(index: int) -> Attend:
             layout = layouts[id(work.layers[index])]

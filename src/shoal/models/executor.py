@@ -17,11 +17,12 @@ from __future__ import annotations
 
 import torch
 
+from shoal.depth.shape import ModelShape
 from shoal.errors import InvalidInput
 from shoal.models.decoder import Decoder
 from shoal.models.graphs import GraphDecoder
 from shoal.models.native.decoder import NativeDecoder
-from shoal.models.native.library import KINDS, library
+from shoal.models.native.library import KINDS, Library, library
 from shoal.models.weights import DecoderConfig, DecoderWeights
 
 Executor = Decoder | NativeDecoder
@@ -38,12 +39,17 @@ def make_decoder(config: DecoderConfig, weights: DecoderWeights) -> Executor:
         if shape.quantized:
             raise InvalidInput(f"int8 runs on CPUs only, not on {device}: choose bfloat16 or device='cpu'")
         return GraphDecoder(config, weights) if device.type == "cuda" else Decoder(config, weights)
-    kernel = library()
-    if kernel is None or dtype not in KINDS or shape.head_dim % 8:
+    kernel = attention_kernel(shape, dtype)
+    if kernel is None:
         return Decoder(config, weights)
     if shape.quantized or not has_fast_products(dtype):
         return NativeDecoder(config, weights, kernel)
     return Decoder(config, weights, kernel)
+
+
+def attention_kernel(shape: ModelShape, dtype: torch.dtype) -> Library | None:
+    """The CPU kernel, where it is there and can do the attention of a model of this shape and dtype."""
+    return library() if dtype in KINDS and shape.head_dim % 8 == 0 else None
 
 
 def has_fast_products(dtype: torch.dtype) -> bool:

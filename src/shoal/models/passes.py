@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -53,6 +54,23 @@ class LayerWork:
 
 
 @dataclass(frozen=True, eq=False)
+class StateSums:
+    """Where a pass adds up the states of groups of its tokens: what a probe or a router reads, without keeping every state."""
+
+    groups: Ints
+    """[N], the group of each token; -1 for tokens of none."""
+    sums: Tensor
+    """float32 [L + 1, groups, d] on the decoder's device, added to token by token: at l the inputs of layer l, at L the outputs of
+    the last. A layer that does not serve a token leaves its state as it is."""
+
+    def add(self, level: int, states: Tensor) -> None:
+        """Add states [N, d] to `sums[level]`."""
+        groups = torch.from_numpy(self.groups).to(states.device)
+        chosen = groups >= 0
+        self.sums[level].index_add_(0, groups[chosen], states[chosen].float())
+
+
+@dataclass(frozen=True, eq=False)
 class Pass:
     """Input of one forward pass."""
 
@@ -64,3 +82,5 @@ class Pass:
     """One per decoder layer; None where no token runs it."""
     logit_tokens: Ints
     """Indices of the tokens whose logits are wanted (the last of each row that emits)."""
+    state_sums: StateSums | None = None
+    """Whose states to add up, if anybody's."""

@@ -37,11 +37,13 @@ class Example:
         return len(self.prompt) + len(self.completion)
 
 
-def read_jsonl(path: Path) -> list[tuple[int, str, str]]:
-    """(line number, prompt, completion) of each line of a UTF-8 JSONL file; blank lines are skipped.
+def read_fields(path: Path, required: Sequence[str], optional: Sequence[str] = ()) -> list[tuple[int, dict[str, str]]]:
+    """(line number, object) of each line of a UTF-8 JSONL file; blank lines are skipped.
 
-    Raises `InvalidInput` naming the line for anything else than an object with two non-empty strings `prompt`, `completion`.
+    Raises `InvalidInput` naming the line for anything else than an object whose fields are non-empty strings: all that are
+    `required`, perhaps those that are `optional`, and no others.
     """
+    fields = (*required, *optional)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -50,30 +52,46 @@ def read_jsonl(path: Path) -> list[tuple[int, str, str]]:
         raise InvalidInput(f"{path} is not a UTF-8 text file: {error}") from error
     rows = []
     for number, row in parse_jsonl(text, str(path)):
-        for field in FIELDS:
+        for field in fields:
             if field not in row:
+                if field in optional:
+                    continue
                 hint = f"; the line has {', '.join(map(repr, row)) or 'none'}"
                 raise InvalidInput(f"{path}, line {number}: field {field!r} is missing{hint}")
             if not isinstance(row[field], str) or not row[field].strip():
                 raise InvalidInput(f"{path}, line {number}: {field!r} must be a non-empty string")
         for name in row:
-            if name not in FIELDS:
-                raise InvalidInput(f"{path}, line {number}: unknown field {name!r}, {nearest(name, FIELDS)}")
-        rows.append((number, row["prompt"], row["completion"]))
+            if name not in fields:
+                raise InvalidInput(f"{path}, line {number}: unknown field {name!r}, {nearest(name, fields)}")
+        rows.append((number, row))
     if not rows:
         raise InvalidInput(f"{path} has no examples")
     return rows
 
 
+def read_jsonl(path: Path) -> list[tuple[int, str, str]]:
+    """(line number, prompt, completion) of each line of a UTF-8 JSONL file; blank lines are skipped.
+
+    Raises `InvalidInput` naming the line for anything else than an object with two non-empty strings `prompt`, `completion`.
+    """
+    return [(number, row["prompt"], row["completion"]) for number, row in read_fields(path, FIELDS)]
+
+
 def read_examples(path: Path, tokenizer: PreTrainedTokenizerBase, *, max_positions: int) -> list[Example]:
-    """Read and tokenise a JSONL file.
+    """Read and tokenise a JSONL file; see `tokenise`."""
+    return tokenise(read_jsonl(path), tokenizer, path=path, max_positions=max_positions)
+
+
+def tokenise(
+    rows: Sequence[tuple[int, str, str]], tokenizer: PreTrainedTokenizerBase, *, path: Path, max_positions: int
+) -> list[Example]:
+    """Tokenise (line number, prompt, completion) of `path`.
 
     A prompt is tokenised as the engine does it, with the special tokens that the tokenizer adds; a completion without them, and
     with the end-of-sequence token behind it. Raises `InvalidInput` (line number) for an example longer than `max_positions`.
     """
     if tokenizer.eos_token_id is None:
         raise InvalidInput("the tokenizer has no end-of-sequence token, so a completion could never end")
-    rows = read_jsonl(path)
     prompts = tokenizer([prompt for _, prompt, _ in rows])["input_ids"]
     completions = tokenizer([completion for _, _, completion in rows], add_special_tokens=False)["input_ids"]
     examples = []

@@ -54,12 +54,12 @@ def native_work(work: LayerWork) -> Work:
 def work_addresses(layers: Sequence[LayerWork | None]) -> ctypes.Array[ctypes._Pointer[Work]]:
     """One pointer per layer, null where no token runs it. The array keeps what they point to alive."""
     array = (ctypes.POINTER(Work) * len(layers))()
-    last, pointer = None, None
+    last = None
     for layer, work in enumerate(layers):
         if work is not None:
-            if work is not last:  # neighbours mostly share theirs
-                last, pointer = work, ctypes.pointer(native_work(work))
-            array[layer] = pointer
+            # Neighbours mostly share theirs.
+            array[layer] = array[layer - 1] if work is last else ctypes.pointer(native_work(work))
+        last = work
     return array
 
 

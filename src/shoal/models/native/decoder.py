@@ -75,6 +75,9 @@ class NativeDecoder:
         one.cos, one.sin = address(cos), address(sin)
         one.works = work_addresses(work.layers)
         one.keys, one.values = addresses(cache.keys), addresses(cache.values)
+        sums = work.state_sums
+        one.groups, one.sums = (sums.groups.ctypes.data, sums.sums.data_ptr()) if sums else (None, None)
+        one.num_groups = sums.sums.shape[1] if sums else 0
         self.library.run_pass(self.model, one)
         logits = self._buffers["logits"][:num_logits]
         if len(work.token_ids) > KEPT_TOKENS:
@@ -86,7 +89,8 @@ class NativeDecoder:
         so that a decode step allocates nothing."""
         if all(need <= room for need, room in zip(needed, self._room, strict=True)):
             return
-        num_tokens, num_logits, num_scratch = self._room = tuple(map(max, needed, self._room))
+        num_tokens, num_logits, num_scratch = map(max, needed, self._room)
+        self._room = num_tokens, num_logits, num_scratch
         self._buffers = {name: torch.empty(num_tokens, width) for name, width in self._widths.items()}
         self._buffers["logits"] = torch.empty(num_logits, self.config.shape.vocab_size)
         self._buffers["scratch"] = torch.empty(num_scratch)

@@ -49,6 +49,9 @@ typedef struct {
     float *normed, *normed_mlp;      // [tokens, hidden], two of them for parallel residuals
     float *qkv, *attended, *up;      // [tokens, ...]
     float *scratch;                  // threads * attention_scratch
+    const int64_t *groups;           // [tokens] whose states are added up together, -1 for none; or null
+    int64_t num_groups;
+    float *sums;                     // [layers + 1, num_groups, hidden]
 } Pass;
 
 typedef struct {
@@ -116,6 +119,18 @@ static void embed(Team *team, const Model *m, const Pass *p) {
     meet(team);
 }
 
+// One thread's part, some columns, of adding the states before layer `level` to their groups' sums.
+static void add_states(Team *team, const Model *m, const Pass *p, int64_t level) {
+    if (!p->groups) return;
+    const int64_t d = m->hidden, from = d * team->thread / team->shared->num_threads;
+    const int64_t to = d * (team->thread + 1) / team->shared->num_threads;
+    for (int64_t token = 0; token < p->num_tokens; token++) {
+        if (p->groups[token] < 0) continue;
+        float *sums = p->sums + (level * p->num_groups + p->groups[token]) * d;
+        for (int64_t k = from; k < to; k++) sums[k] += p->x[token * d + k];
+    }
+}
+
 static void run_layer(Team *team, const Model *m, Layer *layer, const Pass *p, const Work *work, void *keys, void *values) {
     const int64_t n = work->num_tokens, d = m->hidden;
     const Into residual = {.out = p->x, .stride = d, .rows = work->tokens, .add = 1};
@@ -149,8 +164,11 @@ static void run_pass(void *data) {
     // The runtime may lend fewer threads than asked for; every thread writes the same number.
     call->shared.num_threads = call->runtime->threads();
     embed(&team, m, p);
-    for (int64_t l = 0; l < m->num_layers; l++)
+    for (int64_t l = 0; l < m->num_layers; l++) {
+        add_states(&team, m, p, l);  // a layer changes x behind its first meeting only, so nobody waits here
         if (p->works[l]) run_layer(&team, m, &m->layers[l], p, p->works[l], p->keys[l], p->values[l]);
+    }
+    add_states(&team, m, p, m->num_layers);
     norm_rows(&team, m, &m->final_norm, p->x, p->logit_tokens, p->num_logits, p->normed);
     meet(&team);
     multiply(&team, &m->head, p->normed, p->num_logits, &(Into){.out = p->logits, .stride = m->head.out});

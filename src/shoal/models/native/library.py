@@ -150,6 +150,9 @@ class Pass(Structure):
         ("attended", c_void_p),
         ("up", c_void_p),
         ("scratch", c_void_p),
+        ("groups", c_void_p),
+        ("num_groups", c_int64),
+        ("sums", c_void_p),
     )
 
 

@@ -1,0 +1,1 @@
+"""Methods that decide per token and layer, which no depth plan can express: they stand beside it for comparison."""

@@ -1,0 +1,75 @@
+"""Every study runs at tiny sizes, resumes, and ends with a JSON line. Nothing here looks at a score."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+STUDIES = Path(__file__).parents[1] / "studies"
+
+
+def run(script: str, *options: object) -> tuple[dict[str, Any], str]:
+    """The last line that a study prints at quick sizes, and everything before it."""
+    command = [sys.executable, str(STUDIES / script), "--quick", "--threads", "1", *map(str, options)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["study"] == script.removesuffix(".py")
+    return result, done.stdout
+
+
+@pytest.fixture
+def e2e(tmp_path: Path) -> Path:
+    """A handful of restaurants in the format of the E2E data."""
+    for name, start, count in (("trainset", 0, 24), ("devset", 24, 6)):
+        text = io.StringIO()
+        rows = csv.writer(text)
+        rows.writerow(["mr", "ref"])
+        for i in range(start, start + count):
+            rows.writerow([f"name[Place {i}], eatType[pub]", f"Place {i} is a pub{' by the river' * (i % 3)}."])
+        (tmp_path / f"{name}.csv.gz").write_bytes(gzip.compress(text.getvalue().encode()))
+    return tmp_path
+
+
+def test_recipe_takes_equal_budgets_and_resumes(e2e: Path, tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    options = ["--data", e2e, "--work", work, "--arms", "any", "one-d3-1_3", "small-4"]
+    result, _ = run("recipe.py", *options)
+    assert result["budget_of_an_arm"]["steps"] == [4]
+    assert len(result["budget_of_an_arm"]["tokens"]) == 1
+    assert [budget["depth"] for budget in result["budgets"]] == [1, 1 / 2, 1 / 3, 1 / 5]
+    third = {one["arm"]: one for one in result["budgets"][2]["arms"]}
+    assert set(third) == {"any", "one-d3-1_3", "small-4"}
+    assert third["small-4"]["mean_layers"] == 4
+    before = {path: path.stat().st_mtime_ns for path in work.glob("arms/*.json")}
+    assert len(before) == 3
+    again, printed = run("recipe.py", *options[:-3], "any-distill")
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert "any-distill seed 0" in printed
+    assert {one["arm"] for one in again["budgets"][1]["arms"]} == {"any", "any-distill"}
+
+
+def test_deep_reading_draws_its_figure(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib comes with the extra 'plot'")
+    options = ["--work", tmp_path / "work", "--tasks", "pointers", "--seeds", 0, 1, "--arms"]
+    result, _ = run("deep_reading.py", *options, "deep", "small-2", "shallow-prompt")
+    task = result["tasks"]["pointers"]
+    assert [(point["arm"], point["depth"]) for point in task["points"]] == [
+        *(("deep", depth) for depth in (1, 1 / 2, 3 / 8, 1 / 4)),
+        *(("shallow-prompt", depth) for depth in (1, 1 / 2, 3 / 8, 1 / 4)),
+        ("small-2", 1),
+    ]
+    layers = {(point["arm"], point["depth"]): point["mean_layers"] for point in task["points"]}
+    assert layers["deep", 1 / 4] == layers["small-2", 1] == 2
+    assert all(point["seeds"] == [0, 1] for point in task["points"])
+    assert len(task["verdicts"]) == 1
+    figure = (tmp_path / "work" / "deep_reading.svg").read_text(encoding="utf-8")
+    assert "<svg" in figure
