@@ -117,4 +117,5 @@ def tune(
         f"{result.output}: {result.num_examples} examples, {result.steps} steps, loss {result.final_loss:.3f}, "
         f"horizon {result.horizon}, {result.seconds:.0f} s",
         highlight=False,
+        soft_wrap=True,
     )
