@@ -165,14 +165,15 @@ def charts(result: FrontierResult) -> dict[str, Any]:
 def costs(arm: Arm, dense: Arm | None) -> dict[str, float]:
     """By `part.saving`: the arm's cost over the first dense arm's; what was not measured, or has another unit, is left out.
 
-    Layers of a model with another number of them are another unit.
+    Arms of the same model are compared for equal tokens, so that one that writes less does not look cheaper. Layers of a model with
+    another number of them are another unit.
     """
     shares = {}
     for part in PARTS:
         for saving in SAVINGS:
             own = getattr(spending(arm, part), saving)
             whole = getattr(spending(dense, part), saving).value if dense is not None else None
-            if dense is None:
+            if dense is None or arm.model == dense.model:
                 share = own.of_dense
             elif own.value is None or not whole or (saving == "mean_layers" and arm.num_layers != dense.num_layers):
                 share = None
