@@ -51,6 +51,11 @@ class Task(Protocol):
         """P."""
         ...
 
+    @property
+    def question_ends(self) -> list[int]:
+        """Of each question, the column of its last token."""
+        ...
+
     def batch(self, size: int, *, max_hops: int, seed: Sequence[int]) -> Batch:
         """`size` problems whose questions need 0 to `max_hops` steps, drawn evenly."""
         ...
@@ -68,7 +73,7 @@ class PointerChasing:
     for depth. The permutation is one cycle, so that k steps below the number of nodes never lead back to the start.
     """
 
-    num_nodes: int = 12
+    num_nodes: int = 8
     max_hops: int = 5
     num_answers: int = 8
 
@@ -85,6 +90,11 @@ class PointerChasing:
     def prompt_tokens(self) -> int:
         """The table, two tokens per question, the mark."""
         return self.num_nodes + 2 * self.num_answers + 1
+
+    @property
+    def question_ends(self) -> list[int]:
+        """Behind the table, every second column."""
+        return list(range(self.num_nodes + 1, self.num_nodes + 2 * self.num_answers, 2))
 
     def batch(self, size: int, *, max_hops: int, seed: Sequence[int]) -> Batch:
         """See `Task.batch`."""
@@ -143,6 +153,11 @@ class FactQuestions:
         """Three tokens per fact, the questions, the mark."""
         facts = self.num_chains * self.max_hops + self.num_others
         return 3 * facts + (self.max_hops + 1) * self.num_answers + 1
+
+    @property
+    def question_ends(self) -> list[int]:
+        """The last column before the mark, and back from there in strides of a question."""
+        return [self.prompt_tokens - 2 - (self.max_hops + 1) * i for i in reversed(range(self.num_answers))]
 
     @cached_property
     def walks_by_kind(self) -> list[tuple[tuple[int, ...], list[tuple[int, ...]]]]:

@@ -5,6 +5,10 @@ step is. The next level comes when 95% of the hardest answers are right at the a
 a fifth with each such batch). Plans take turns from the first batch on, one per batch. Trained dense first, a deep model may
 take its steps where it writes as well as where it reads; only shallow plans tell these apart.
 
+Every answer is asked for twice, where it is written and at the end of its question in the prompt. The second loss (training only,
+the same for all arms) says directly that a prompt's own states should hold the answer; without it a deep model stood at chance for
+a thousand batches.
+
 The learning rate is constant after a short warm-up. A run ends at its steps, or once the loss is flat: the mean over a window has
 not fallen by 1% below the best earlier one of the level for `PATIENCE` windows. In the last steps the rate falls to 0 in a line.
 
@@ -161,8 +165,8 @@ def one_step(
     batch = task.batch(recipe.batch_size, max_hops=progress.level, seed=(seed, progress.step))
     prompts, answers = torch.from_numpy(batch.prompts), torch.from_numpy(batch.answers)
     with depth_context(model, plan, prompt_columns=task.prompt_tokens):
-        logits = answer_logits(model, prompts, answers)
-        loss = F.cross_entropy(logits.flatten(0, 1), answers.flatten())
+        read, logits = answer_logits(model, task, prompts, answers)
+        loss = (cross_entropy(read, answers) + cross_entropy(logits, answers)) / 2
         optimizer.zero_grad()
         loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -172,11 +176,19 @@ def one_step(
     return float(loss.detach()), float(right.mean()) if len(right) else None
 
 
-def answer_logits(model: transformers.OPTForCausalLM, prompts: Tensor, answers: Tensor) -> Tensor:
-    """Logits [B, A, vocabulary] of the answers [B, A] behind the prompts [B, P], teacher-forced."""
+def answer_logits(
+    model: transformers.OPTForCausalLM, task: Task, prompts: Tensor, answers: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Logits [B, A, vocabulary] of the answers [B, A] behind the prompts [B, P], teacher-forced: at the ends of the questions, and
+    where the answers are written."""
     ids = torch.cat([prompts, answers[:, :-1]], dim=1)
-    logits: Tensor = model(ids, logits_to_keep=answers.shape[1], use_cache=False).logits
-    return logits
+    logits: Tensor = model(ids, use_cache=False).logits
+    return logits[:, task.question_ends], logits[:, -answers.shape[1] :]
+
+
+def cross_entropy(logits: Tensor, answers: Tensor) -> Tensor:
+    """Mean over all answers."""
+    return F.cross_entropy(logits.flatten(0, 1), answers.flatten())
 
 
 def advance(progress: Progress, loss: float, right: float | None, task: Task, recipe: Recipe) -> None:

@@ -11,12 +11,13 @@ import sys
 from pathlib import Path
 
 import deep_reading
+import long_outputs
 import recipe
 from study import RESULTS, read_json
 
 README = Path(__file__).parent / "README.md"
 SECTION = re.compile(r"(<!-- (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
-DESCRIBE = {"recipe": recipe.describe, "deep_reading": deep_reading.describe}
+DESCRIBE = {"recipe": recipe.describe, "deep_reading": deep_reading.describe, "long_outputs": long_outputs.describe}
 
 
 def render(readme: str) -> str:

@@ -73,3 +73,22 @@ def test_deep_reading_draws_its_figure(tmp_path: Path) -> None:
     assert len(task["verdicts"]) == 1
     figure = (tmp_path / "work" / "deep_reading.svg").read_text(encoding="utf-8")
     assert "<svg" in figure
+
+
+def test_long_outputs_compares_losses_by_position(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib comes with the extra 'plot'")
+    words = [f"word{i}" for i in range(21)]
+    for split, seed in (("train", 0), ("test", 1)):
+        rows = [{"title": f"On {words[i % 9]} {i}", "abstract": " ".join(words[(i * j + seed) % 20] for j in range(400))}
+                for i in range(1, 9)]  # fmt: skip
+        data = "\n".join(json.dumps(row) for row in rows)
+        (tmp_path / f"{split}.jsonl.gz").write_bytes(gzip.compress(data.encode()))
+    options = ["--data", tmp_path, "--work", tmp_path / "work", "--arms", "any-depth", "small-6"]
+    result, printed = run("long_outputs.py", *options)
+    layers = {one["arm"]: one["mean_layers"] for one in result["arms"]}
+    assert layers["any-depth: dense"] == 12
+    assert layers["small-6: dense"] == 6
+    assert layers["any-depth: skipdecode 0.5"] == pytest.approx(6, rel=0.05)
+    assert all(len(one["by_band"]) == 4 for one in result["arms"])
+    assert "depth 0.5 (" in printed
+    assert "<svg" in (tmp_path / "work" / "long_outputs.svg").read_text(encoding="utf-8")
