@@ -16,6 +16,7 @@ from shoal.cli.generate import generate
 from shoal.cli.info import info
 from shoal.cli.plan import plan
 from shoal.cli.report import report
+from shoal.cli.reproduce import reproduce
 from shoal.cli.route import route
 from shoal.cli.suits import suits
 from shoal.cli.tune import tune
@@ -62,7 +63,7 @@ def main(
     """What stands before a command."""
 
 
-for command in (generate, plan, info, convert, tune, voids, frontier, route, suits, report):
+for command in (generate, plan, info, convert, tune, voids, frontier, route, suits, report, reproduce):
     app.command()(command)
 
 
