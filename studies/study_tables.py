@@ -1,7 +1,7 @@
-"""Put the tables of `results/*.json` into README.md, so that no number there is typed.
+"""Put the tables of `results/*.json` into README.md and docs/reproduction.md, so that no number there is typed.
 
-python studies/study_tables.py            (rewrites the README)
-python studies/study_tables.py --check    (exit status 1 if it is out of date)
+python studies/study_tables.py            (rewrites them)
+python studies/study_tables.py --check    (exit status 1 if one is out of date)
 """
 
 from __future__ import annotations
@@ -13,15 +13,22 @@ from pathlib import Path
 import deep_reading
 import long_outputs
 import recipe
+from shoal.evaluate import reproduce_tables
 from study import RESULTS, read_json
 
-README = Path(__file__).parent / "README.md"
+HERE = Path(__file__).parent
+DOCUMENTS = (HERE / "README.md", HERE.parent / "docs" / "reproduction.md")
 SECTION = re.compile(r"(<!-- (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
-DESCRIBE = {"recipe": recipe.describe, "deep_reading": deep_reading.describe, "long_outputs": long_outputs.describe}
+DESCRIBE = {
+    "recipe": recipe.describe,
+    "deep_reading": deep_reading.describe,
+    "long_outputs": long_outputs.describe,
+    "reproduction": reproduce_tables.describe,
+}
 
 
-def render(readme: str) -> str:
-    """The README with every section made anew from its results."""
+def render(document: str) -> str:
+    """The document with every section made anew from its results."""
 
     def section(match: re.Match[str]) -> str:
         start, name, end = match.groups()
@@ -36,15 +43,16 @@ def render(readme: str) -> str:
         )
         return f"{start}{where}\n\n{DESCRIBE[name](result)}\n{end}"
 
-    return SECTION.sub(section, readme)
+    return SECTION.sub(section, document)
 
 
 def main() -> None:
-    before = README.read_text(encoding="utf-8")
-    after = render(before)
+    before = {path: path.read_text(encoding="utf-8") for path in DOCUMENTS}
+    after = {path: render(text) for path, text in before.items()}
     if "--check" in sys.argv:
         sys.exit(before != after)
-    README.write_text(after, encoding="utf-8")
+    for path, text in after.items():
+        path.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -17,8 +17,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from made_reproduction import reproduction
 from shoal.depth.plan import ALWAYS
 from shoal.errors import InvalidInput
+from shoal.evaluate.reproduce_tables import describe
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "studies"))
 
@@ -145,8 +147,27 @@ def test_metaqa_itself_fits_the_task():
 
 
 def test_the_tables_are_those_of_the_results():
-    readme = study_tables.README.read_text(encoding="utf-8")
-    assert study_tables.render(readme) == readme, "run: python studies/study_tables.py"
+    assert {path.name for path in study_tables.DOCUMENTS} == {"README.md", "reproduction.md"}
+    for path in study_tables.DOCUMENTS:
+        text = path.read_text(encoding="utf-8")
+        assert study_tables.SECTION.search(text), f"{path} has no section to render"
+        assert study_tables.render(text) == text, "run: python studies/study_tables.py"
+
+
+def test_a_reproduction_is_rendered_from_its_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(study_tables, "RESULTS", tmp_path)
+    document = study_tables.DOCUMENTS[1].read_text(encoding="utf-8")
+    rendered = study_tables.render(document)
+    before, _, after = rendered.partition("<!-- reproduction -->\nNo results yet.\n<!-- end -->")
+    assert after, "without results the block says so"
+    conditions = {"threads": 1, "cores": 2, "torch": "2", "transformers": "5", "python": "3.11", "date": "2026-11-21"}
+    made = {**reproduction(), "conditions": conditions}
+    (tmp_path / "reproduction.json").write_text(json.dumps(made))
+    rendered = study_tables.render(document)
+    assert rendered.startswith(before)
+    assert rendered.endswith(after)
+    assert describe(made) in rendered
+    assert "*1 threads on 2 cores; PyTorch 2," in rendered
 
 
 def test_facts_need_their_data():
