@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ from shoal.train.depth_context import depth_context
 from shoal.train.dr_llm import focal_loss, prompt_states, rewards
 from shoal.train.gates import gated_context, window_means
 from shoal.train.layer_search import Search, search
-from shoal.train.recover import recover
+from shoal.train.recover import RoutedTrainer, recover
 from shoal.train.route import RouteConfig, train_router
 
 NUM_LAYERS = 6
@@ -214,15 +215,46 @@ def test_recovery_writes_a_checkpoint_with_its_router(checkpoint: Path, data: Pa
     router = train_router(str(checkpoint), data, tmp_path / "router", config)
     assert isinstance(router, FirstRouter)
     tuning = TuneConfig(lora_rank=2, steps=2, batch_size=4)
-    recover(str(checkpoint), router, data, tmp_path / "recovered", tuning)
+    done = recover(str(checkpoint), router, data, tmp_path / "recovered", tuning, depth=0.7)
+    assert (done.steps, done.horizon) == (2, None)
+    assert done.tokens > 0
     engine = Engine.from_pretrained(tmp_path / "recovered")
     (before,) = Engine.from_pretrained(checkpoint).generate("abc", Sampling(max_new_tokens=1, logprobs=1))
     (after,) = engine.generate("abc", Sampling(max_new_tokens=1, logprobs=1), load_router(tmp_path / "recovered"))
     assert before.logprobs != after.logprobs, "the adapters were merged"
     with pytest.raises(InvalidInput, match="leave depths out"):
-        recover(str(checkpoint), router, data, tmp_path / "x", TuneConfig(lora_rank=2, depths=(0.5,)))
+        recover(str(checkpoint), router, data, tmp_path / "x", TuneConfig(lora_rank=2, depths=(0.5,)), depth=0.7)
     with pytest.raises(InvalidInput, match="give lora_rank"):
-        recover(str(checkpoint), router, data, tmp_path / "x", TuneConfig())
+        recover(str(checkpoint), router, data, tmp_path / "x", TuneConfig(), depth=0.7)
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
+def test_recovery_keeps_to_the_budget(
+    checkpoint: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In each batch, and at its end: adapters change the states that the router reads, and would open its gates if they could."""
+    router = train_router(
+        str(checkpoint), data, tmp_path / "router", RouteConfig(kind="first", depth=0.5, steps=2, batch_size=4)
+    )
+    assert isinstance(router, FirstRouter)
+    decided: list[torch.Tensor] = []
+    decide = RoutedTrainer.decide
+
+    def listening(self: RoutedTrainer, *args: Any) -> torch.Tensor:
+        decided.append(decide(self, *args))
+        return decided[-1]
+
+    monkeypatch.setattr(RoutedTrainer, "decide", listening)
+    tuning = TuneConfig(lora_rank=4, steps=6, batch_size=4, learning_rate=0.05)
+    recover(str(checkpoint), router, data, tmp_path / "recovered", tuning, depth=0.5)
+    assert [float(runs.mean()) for runs in decided] == pytest.approx([0.5] * 6, abs=1 / NUM_LAYERS)
+    assert not any(runs.requires_grad for runs in decided)
+    prompts = [json.loads(line)["prompt"] for line in data.read_text().splitlines()]
+    recovered = load_router(tmp_path / "recovered")
+    engine = Engine.from_pretrained(tmp_path / "recovered")
+    generations = engine.generate(prompts, Sampling(max_new_tokens=3, ignore_eos=True), recovered)
+    mean = sum(g.ledger.mean_layers for g in generations) / len(generations)
+    assert mean == pytest.approx(0.5 * NUM_LAYERS, abs=0.5 + NUM_LAYERS / len(generations))
 
 
 def test_dr_llm_needs_answers_that_are_right(checkpoint: Path, tmp_path: Path) -> None:

@@ -78,7 +78,13 @@ def route(
             assert isinstance(router, FirstRouter)
             tuning = TuneConfig(lora_rank=lora_rank, epochs=epochs, learning_rate=lr, batch_size=batch_size, seed=seed)
             train_adapters(
-                model, router, data, recover, tuning, report=lambda step, total, loss: show("recovering", step, total)
+                model,
+                router,
+                data,
+                recover,
+                tuning,
+                depth=depth,
+                report=lambda step, total, loss: show("recovering", step, total),
             )
             console.print(
                 f"{recover}: the checkpoint with merged adapters and the router", highlight=False, soft_wrap=True

@@ -80,15 +80,16 @@ def prompt_states(network: Any, batch: dict[str, Any], num_windows: int) -> tupl
     means: list[Tensor] = []
 
     def read(_: Any, args: tuple[Tensor, ...]) -> None:
-        means.append(window_means(args[0][:, :columns].float(), mask, num_windows)[0])
+        means.append(window_means(args[0].float(), mask, num_windows)[0])
 
     hooks = [layer.register_forward_pre_hook(read) for layer in decoder_layers(network)]
+    prompts = {name: batch[name][:, :columns] for name in ("input_ids", "attention_mask", "position_ids")}
     try:
-        network(**batch)
+        network(**prompts, logits_to_keep=1)
     finally:
         for hook in hooks:
             hook.remove()
-    present = torch.arange(num_windows) < mask.sum(dim=1, keepdim=True)
+    present = torch.arange(num_windows, device=mask.device) < mask.sum(dim=1, keepdim=True)
     return torch.stack(means, dim=1), present
 
 

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from shoal.depth.layer_router import LayerRouter
 from shoal.depth.routers import ROUTERS
 from shoal.errors import InvalidInput, nearest
 from shoal.models.checkpoint import read_sizes
 from shoal.models.directory import resolve
+from shoal.train.config import TuneConfig
 from shoal.train.data import Example, LengthGrouped, collate, read_examples
 from shoal.train.dr_llm import label, prompt_states, train_dr_llm
 from shoal.train.first import train_first
@@ -101,7 +103,7 @@ def train_router(
 
 
 def epoch(
-    examples: Sequence[Example], pad_token_id: int, config: RouteConfig, number: int = 0
+    examples: Sequence[Example], pad_token_id: int, config: RouteConfig | TuneConfig, number: int = 0
 ) -> Iterator[dict[str, Any]]:
     """All examples once, in padded batches; the seed and the epoch's number decide the order."""
     order = LengthGrouped(examples, batch_size=config.batch_size, seed=config.seed)
@@ -120,20 +122,25 @@ def epochs(examples: Sequence[Example], pad_token_id: int, config: RouteConfig) 
 
 def shifted_to(depth: float, router: LayerRouter, network: Any, batches: Iterator[dict[str, Any]]) -> LayerRouter:
     """`router` with its scores moved by one number: over the prompts of `batches` a mean share of `depth` of the layers runs."""
-    scores = []
-    for batch in batches:
-        states, present = prompt_states(network, batch, router.num_windows)
-        for row, there in zip(states, present, strict=True):
-            scores.append(router.scores(row[:, there]))
-    all_scores = torch.stack(scores)
+    return router.moved(shift(depth, router, torch.cat([prompt_scores(router, network, batch) for batch in batches])))
+
+
+def prompt_scores(router: LayerRouter, network: Any, batch: dict[str, Any]) -> Tensor:
+    """Scores [batch, L] of a batch's prompts, on the CPU; those that the engine makes where `network` is not training."""
+    states, present = prompt_states(network, batch, router.num_windows)
+    return torch.stack([router.scores(row[:, there]) for row, there in zip(states.cpu(), present.cpu(), strict=True)])
+
+
+def shift(depth: float, router: LayerRouter, scores: Tensor) -> float:
+    """What has to be added to `scores` [n, L] so that a mean share of `depth` of the layers runs. Raises `InvalidInput`."""
     free = [layer for layer in range(router.shape.num_layers) if layer not in router.kept_layers]
     wanted = (depth * router.shape.num_layers - len(router.kept_layers)) / max(1, len(free))
     if wanted < 0:
         raise InvalidInput(
             f"depth {depth:.4g} is below the {len(router.kept_layers)} of {router.shape.num_layers} layers that always run"
         )
-    ranked = all_scores[:, free].flatten().sort(descending=True).values
+    ranked = scores[:, free].flatten().sort(descending=True).values
     last = min(len(ranked), round(wanted * len(ranked)))
     above = ranked[last - 1] if last > 0 else ranked[0] + 1
     below = ranked[last] if last < len(ranked) else ranked[-1] - 1
-    return router.moved(-float((above + below) / 2))
+    return -float((above + below) / 2)

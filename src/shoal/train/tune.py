@@ -39,8 +39,8 @@ class TuneReport:
     """Prompt and completion tokens that were read in them, padding left out: equal for runs with equal data, seed and batches."""
     final_loss: float
     """Mean training loss per completion token since the last log line, or over the run where it was shorter."""
-    horizon: int
-    """Horizon that was used."""
+    horizon: int | None
+    """Horizon that was used; None where a router decides."""
     seconds: float
     """Wall time of training in this process (after a resume: of the rest only)."""
 
