@@ -3,11 +3,13 @@
     python studies/recipe.py --data ../shared/data/e2e_nlg --arms 'any*' 'small-*' dense --seeds 0
     python studies/recipe.py --data ../shared/data/e2e_nlg --split test --save
 
-A 12-layer model from random weights: half of `--steps` dense, the other half tuned in the arm's own way (`recipe_arms.py`). A
-second call with the same settings goes on where the first one stopped, and adds arms and seeds. Unlike the model that ships, which
-was grown from three layers and hardly needs its middle ones, this one is deep from the start: skipping has something to lose.
+A 12-layer model from random weights: half of `--steps` dense, the other half tuned in the arm's own way (`recipe_arms.py`;
+routers: `recipe_routers.py`). A second call with the same settings goes on where the first one stopped, and adds arms and seeds.
+Unlike the model that ships, which was grown from three layers and hardly needs its middle ones, this one is deep from the start:
+skipping has something to lose.
 
-Each arm is evaluated by the engine, greedily; BLEU and slot errors with 95% bootstrap intervals over inputs, seeds pooled.
+Each arm is evaluated by the engine, greedily (`recipe_measure.py`); BLEU and slot errors with 95% bootstrap intervals over inputs,
+seeds pooled (`recipe_table.py`). CALM, which the engine does not run, stands in a table of its own.
 """
 
 from __future__ import annotations
@@ -21,27 +23,28 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import OPTConfig
 from transformers.utils import logging
 
-from recipe_arms import BUDGETS, NUM_LAYERS, Arm, Stage, arms, name_of
-from shoal import Dense, Engine, Sampling
+from recipe_arms import NUM_LAYERS, Arm, Stage, arms, name_of
+from recipe_measure import measure, measure_calm, thresholds
+from recipe_routers import router_path, search_routers, train_first_stage
+from recipe_table import describe, summarise
+from shoal import Engine
+from shoal.baselines.layerwise import LayerwiseDecoder
 from shoal.depth.policies import policy_at
+from shoal.depth.routers import load_router
 from shoal.errors import InvalidInput, ShoalError
-from shoal.evaluate.bootstrap import Score, Statistics, quotient
-from shoal.evaluate.e2e import E2EInput, read_e2e, slot_errors
-from shoal.evaluate.text import bleu_counts, bleu_of
+from shoal.evaluate.e2e import E2EInput, read_e2e
 from shoal.models.checkpoint import load_tokenizer
 from shoal.train.config import TuneConfig
 from shoal.train.tune import tune
-from study import Clock, chosen, conditions, open_work, parser, read_json, save, table, write_json
+from study import Clock, chosen, open_work, parser, read_json, save, table, write_json
 
 SPLITS = {"dev": "devset.csv.gz", "test": "testset_w_refs.csv.gz"}
 RATES = (1e-3, 3e-4)
 """Peak learning rates of the two stages."""
-MAX_NEW_TOKENS = 80
 
 
 def main() -> None:
@@ -79,7 +82,7 @@ def run(options: argparse.Namespace) -> None:
     shared = ("steps", "batch_size", "width", "bfloat16", "quick")
     open_work(work, {**{name: getattr(options, name) for name in shared}, "rates": RATES})
     prepare(work, options)
-    inputs = read_e2e(options.data / SPLITS[options.split])[: 6 if options.quick else None]
+    inputs = inputs_of(options.split, options)
     for seed in options.seeds:
         for name in names:
             arm = arms()[name]
@@ -91,6 +94,11 @@ def run(options: argparse.Namespace) -> None:
     if options.save:
         save("recipe", result)
     print(json.dumps({"study": "recipe", **result}))
+
+
+def inputs_of(split: str, options: argparse.Namespace) -> list[E2EInput]:
+    """The inputs of a split; a few of them with `--quick`."""
+    return read_e2e(options.data / SPLITS[split])[: 6 if options.quick else None]
 
 
 def prepare(work: Path, options: argparse.Namespace) -> None:
@@ -119,14 +127,14 @@ def prepare(work: Path, options: argparse.Namespace) -> None:
     tokenizer.save_pretrained(work / "init")
 
 
-def stage_name(arm: Arm, number: int, seed: int) -> str:
-    """A directory per distinct training: arms with equal first stages share it."""
+def stage_name(arm: Arm, number: int, seed: int, *after: str) -> str:
+    """A directory per distinct training: arms with equal first stages share it. `after`: what was done to its checkpoint."""
     stages = [arm.first, arm.second][: number + 1]
     parts = []
     for stage in stages:
         changed = {k: v for k, v in asdict(stage).items() if v != getattr(Stage(), k)}
         parts.append(",".join(f"{k}={written(v)}" for k, v in changed.items()) or "dense")
-    return f"{'+'.join(parts)}-seed{seed}"
+    return f"{'+'.join([*parts, *after])}-seed{seed}"
 
 
 def written(value: Any) -> str:
@@ -167,31 +175,43 @@ def train_stage(work: Path, arm: Arm, number: int, seed: int, options: argparse.
     clock = Clock(home / "seconds.json")
     began = time.perf_counter()
 
-    def watch(step: int, num_steps: int, loss: float) -> None:
+    def watch(step: int, num_steps: int, loss: float | None = None) -> None:
         clock.tick()
-        print(f"{home.name} step {step}/{num_steps} loss {loss:.3f} {clock.seconds:.0f} s", flush=True)
+        what = "router" if loss is None else f"loss {loss:.3f}"
+        print(f"{home.name} step {step}/{num_steps} {what} {clock.seconds:.0f} s", flush=True)
 
     resume = (home / "checkpoint.tuning").is_dir()
-    done = tune(str(start), work / "train.jsonl", checkpoint, config, resume=resume, report=watch)
+    goes_on = resume or (home / "router").is_dir()
+    if stage.router_share:
+        report = train_first_stage(start, work / "train.jsonl", home, stage, config, watch)
+    else:
+        done = tune(str(start), work / "train.jsonl", checkpoint, config, resume=resume, report=watch)
+        report = {"steps": done.steps, "tokens": done.tokens, "final_loss": round(done.final_loss, 4)}
     clock.tick()
-    report = {
-        "steps": done.steps,
-        "tokens": done.tokens,
-        "final_loss": round(done.final_loss, 4),
-        "seconds": round(clock.seconds if resume else time.perf_counter() - began, 1),
-    }
+    report["seconds"] = round(clock.seconds if goes_on else time.perf_counter() - began, 1)
     write_json(record, report)
     shutil.rmtree(home / "checkpoint.tuning", ignore_errors=True)
     return report
 
 
 def check_equal(work: Path, name: str, seed: int, stages: list[dict[str, Any]]) -> None:
-    """Hold the arm's steps and tokens against those of the first arm with this seed. Raises `AssertionError`."""
-    totals = {unit: sum(stage[unit] for stage in stages) for unit in ("steps", "tokens")}
+    """Hold the arm's steps and tokens against those of the first arm with this seed. Raises `AssertionError`.
+
+    What a Dr.LLM router or a threshold of CALM takes beside its network's two stages has no equal among the others: it is reported.
+    """
+    # FiRST's recovery has a data order of its own, so that the examples of its batches meet in other batches. What is compared are
+    # the tokens of the same examples in the batches of the other arms. What it has read differs from that by at most one token an
+    # example: the last token of a batch's longest completions predicts nothing and is not read.
+    totals = {
+        "steps": sum(stage["steps"] for stage in stages),
+        "tokens": sum(stage.get("tokens_as_grouped", stage["tokens"]) for stage in stages),
+    }
     record = work / f"budget-seed{seed}.json"
     if not record.is_file():
         write_json(record, totals)
     assert totals == read_json(record), f"{name}: {totals} where other arms took {read_json(record)}"
+    apart = abs(sum(stage["tokens"] for stage in stages) - totals["tokens"])
+    assert apart <= sum(stage.get("regrouped_examples", 0) for stage in stages), f"{name}: {apart} tokens apart"
 
 
 def evaluate_arm(
@@ -202,155 +222,58 @@ def evaluate_arm(
     if path.is_file():
         return
     path.parent.mkdir(exist_ok=True)
-    began = time.perf_counter()
     stages = [read_json(work / "stages" / stage_name(arm, number, seed) / "report.json") for number in (0, 1)]
-    checkpoint = work / "stages" / stage_name(arm, 1, seed) / "checkpoint"
-    engine = Engine.from_pretrained(checkpoint, dtype="float32", threads=options.threads, cache_gib=1)
-    rows = [
-        {"policy": policy, "depth": depth, "budget": budget, **measure(engine, inputs, policy, depth, options.quick)}
-        for policy, depth, budget in arm.evaluate
-    ]
+    home = work / "stages" / stage_name(arm, 1, seed)
+    router = {key: stages[1][key] for key in ("router_steps", "tokens_as_grouped") if key in stages[1]}
+    searched = work / "stages" / stage_name(arm, 1, seed, "dr-llm")
+    if any(policy == "dr-llm" for policy, _, _ in arm.evaluate):
+        data = work / "train.jsonl"
+        router = search_routers(
+            home / "checkpoint", data, searched, seed=seed, threads=options.threads, quick=options.quick
+        )
+    began = time.perf_counter()
+    if name.startswith("calm-"):
+        rows = calm_rows(work / "stages" / stage_name(arm, 1, seed, "calm"), home / "checkpoint", arm, inputs, options)
+    else:
+        engine = Engine.from_pretrained(home / "checkpoint", dtype="float32", threads=options.threads, cache_gib=1)
+        rows = [
+            {
+                "policy": policy,
+                "depth": depth,
+                "budget": budget,
+                **measure(engine, inputs, plan_of(policy, depth, home / "checkpoint", searched), options.quick),
+            }
+            for policy, depth, budget in arm.evaluate
+        ]
     totals = {unit: sum(stage[unit] for stage in stages) for unit in ("steps", "tokens", "seconds")}
-    spent = {"train_s": round(totals.pop("seconds"), 1), "evaluate_s": round(time.perf_counter() - began, 1)}
+    train_s = totals.pop("seconds") + router.get("search_s", 0) + router.get("router_s", 0)
+    spent = {"train_s": round(train_s, 1), "evaluate_s": round(time.perf_counter() - began, 1)}
     losses = [stage["final_loss"] for stage in stages]
-    write_json(path, {"arm": name, "seed": seed, **totals, **spent, "final_losses": losses, "rows": rows})
+    beside = {"router": router} if router else {}
+    write_json(path, {"arm": name, "seed": seed, **totals, **spent, **beside, "final_losses": losses, "rows": rows})
     print(f"{name} seed {seed}: {totals}, {spent}", flush=True)
 
 
-def measure(engine: Engine, inputs: list[E2EInput], policy: str, depth: float, quick: bool) -> dict[str, Any]:
-    """One arm at one depth: mean layers as they ran, texts, and counts per input."""
-    plan = Dense() if depth == 1 else policy_at(policy, depth)
-    sampling = Sampling(max_new_tokens=8 if quick else MAX_NEW_TOKENS)
-    done = engine.generate([e.mr for e in inputs], sampling=sampling, plan=plan)
-    passes = sum(g.ledger.decode_passes for g in done)
-    texts = [g.text for g in done]
-    errors = [slot_errors(e.mr, text) for e, text in zip(inputs, texts, strict=True)]
-    return {
-        "mean_layers": round(sum(g.ledger.decode_layer_tokens for g in done) / max(1, passes), 3),
-        "decode_flops": round(sum(g.ledger.decode_flops for g in done) / max(1, passes)),
-        "unfinished": sum(g.finish_reason != "stop" for g in done),
-        "bleu_counts": bleu_counts(texts, [e.references for e in inputs]).astype(int).tolist(),
-        "slot_counts": [[100 * e.count, e.num_slots] for e in errors],
-        "texts": texts,
-    }
+def plan_of(policy: str, depth: float, checkpoint: Path, searched: Path) -> Any:
+    """What the engine runs: a policy at a depth, FiRST's router beside its checkpoint, or Dr.LLM's of the stage `searched`."""
+    if policy == "first":
+        return load_router(checkpoint)
+    if policy == "dr-llm":
+        return load_router(router_path(searched, depth))
+    return policy_at(policy, depth)
 
 
-def summarise(work: Path, split: str, inputs: list[E2EInput]) -> dict[str, Any]:
-    """Everything that the table says, from the arms' files of one split; without texts and counts."""
-    files = sorted((work / "arms").glob(f"*-{split}-seed*.json"))
-    runs = [read_json(path) for path in files]
-    pooled: dict[tuple[float, str], dict[str, Any]] = {}
-    for one in runs:
-        for row in one["rows"]:
-            entry = pooled.setdefault((row["budget"], one["arm"]), {"runs": [], "rows": []})
-            entry["runs"].append(one)
-            entry["rows"].append(row)
-    budgets = []
-    for budget in BUDGETS:
-        here = {name: entry for (at, name), entry in pooled.items() if at == budget}
-        if here:
-            budgets.append({"depth": budget, **compare(here)})
-    order = [name for name in arms() if any(one["arm"] == name for one in runs)]
-    losses = {name: [one["final_losses"] for one in runs if one["arm"] == name] for name in order}
-    return {
-        "settings": {**read_json(work / "study.json"), "split": split, "num_inputs": len(inputs)},
-        "conditions": conditions(),
-        "budget_of_an_arm": {unit: sorted({one[unit] for one in runs}) for unit in ("steps", "tokens")},
-        "about": {name: arms()[name].about for name in order},
-        "final_losses": losses,
-        "budgets": budgets,
-    }
-
-
-def compare(entries: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The arms that compete at one budget, best first, each with its paired difference to the best one.
-
-    Seeds are pooled: what an input adds is summed over them, so that resamples are of inputs. Arms with different seeds are not
-    compared in pairs.
-    """
-    statistics = {name: Statistics(summed(entry, "bleu_counts"), bleu_of) for name, entry in entries.items()}
-    order = sorted(entries, key=lambda name: -statistics[name].score().value)
-    best, found = order[0], []
-    for name in order:
-        entry = entries[name]
-        seeds = [one["seed"] for one in entry["runs"]]
-        by_seed = [Statistics(np.array(row["bleu_counts"], float), bleu_of).score().value for row in entry["rows"]]
-        paired = seeds == [one["seed"] for one in entries[best]["runs"]] and name != best
-        found.append(
-            {
-                "arm": name,
-                "seeds": seeds,
-                "mean_layers": round(float(np.mean([row["mean_layers"] for row in entry["rows"]])), 2),
-                "bleu": rounded(statistics[name].score()),
-                "bleu_by_seed": [round(value, 2) for value in by_seed],
-                "behind_best": rounded(statistics[best].minus(statistics[name])) if paired else None,
-                "slot_error_rate": rounded(Statistics(summed(entry, "slot_counts"), quotient).score()),
-                "train_s": [one["train_s"] for one in entry["runs"]],
-            }
-        )
-    return {"arms": found}
-
-
-def summed(entry: dict[str, Any], counts: str) -> Any:
-    """[N, K]: what each input adds, over the seeds."""
-    return np.sum([np.array(row[counts], float) for row in entry["rows"]], axis=0)
-
-
-def rounded(score: Score) -> dict[str, float]:
-    """A score as JSON."""
-    return {name: round(getattr(score, name), 2) for name in ("value", "low", "high")}
-
-
-def shown(score: dict[str, float] | None) -> str:
-    """A score in a table."""
-    return "" if score is None else f"{score['value']:.1f} [{score['low']:.1f}, {score['high']:.1f}]"
-
-
-def verdict(budget: dict[str, Any]) -> str:
-    """Who wins at a budget, in a sentence that follows the numbers."""
-    best, *others = budget["arms"]
-    at = f"At depth {name_of(budget['depth'])}"
-    if not others:
-        return f"{at} only `{best['arm']}` has run ({best['bleu']['value']:.1f} BLEU)."
-    close = [one for one in others if one["behind_best"] is None or one["behind_best"]["low"] <= 0]
-    if not close:
-        return f"{at} `{best['arm']}` wins with {best['bleu']['value']:.1f} BLEU; every other arm is behind it beyond chance."
-    names = ", ".join(f"`{one['arm']}`" for one in close)
-    small = [one for one in others if one["arm"].startswith("small-")]
-    text = f"{at} `{best['arm']}` is best with {best['bleu']['value']:.1f} BLEU, but within chance of {names}."
-    if small and not best["arm"].startswith("small-") and small[0] not in close:
-        text += f" The small dense model `{small[0]['arm']}` is behind beyond chance."
-    return text
-
-
-HEADER = ("arm", "mean layers", "BLEU", "behind the best", "slot errors, %", "BLEU by seed", "training, s")
-
-
-def describe(result: dict[str, Any]) -> str:
-    """The table, and who wins."""
-    rows = []
-    for budget in result["budgets"]:
-        rows.append([f"**depth {name_of(budget['depth'])}**", *[""] * (len(HEADER) - 1)])
-        for one in budget["arms"]:
-            rows.append(
-                [
-                    one["arm"],
-                    f"{one['mean_layers']:.2f}",
-                    shown(one["bleu"]),
-                    shown(one["behind_best"]),
-                    shown(one["slot_error_rate"]),
-                    " ".join(f"{value:.1f}" for value in one["bleu_by_seed"]),
-                    " ".join(f"{seconds:.0f}" for seconds in one["train_s"]),
-                ]
-            )
-    settings = result["settings"]
-    tokens = ", ".join(f"{count:,}" for count in result["budget_of_an_arm"]["tokens"])
-    intro = (
-        f"E2E {settings['split']} set, {settings['num_inputs']} inputs; 12 layers of width {settings['width']}, "
-        f"{settings['steps']} steps of {settings['batch_size']} examples, {tokens} tokens for every arm of a seed."
-    )
-    verdicts = "\n".join(f"- {verdict(budget)}" for budget in result["budgets"])
-    return f"{intro}\n\n{table(HEADER, rows)}\n\n{verdicts}"
+def calm_rows(
+    home: Path, checkpoint: Path, arm: Arm, inputs: list[E2EInput], options: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """The arm under CALM at each budget; `home` keeps the thresholds."""
+    model = LayerwiseDecoder.from_pretrained(checkpoint, dtype="float32")
+    depths = [depth for _, depth, _ in arm.evaluate]
+    found = thresholds(model, inputs_of("dev", options), depths, home, options.quick)
+    return [
+        {"policy": policy, "depth": depth, "budget": budget, **measure_calm(model, inputs, threshold, options.quick)}
+        for (policy, depth, budget), threshold in zip(arm.evaluate, found, strict=True)
+    ]
 
 
 if __name__ == "__main__":

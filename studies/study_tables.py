@@ -12,7 +12,7 @@ from pathlib import Path
 
 import deep_reading
 import long_outputs
-import recipe
+import recipe_table
 from shoal.evaluate import reproduce_tables
 from study import RESULTS, read_json
 
@@ -20,7 +20,7 @@ HERE = Path(__file__).parent
 DOCUMENTS = (HERE / "README.md", HERE.parent / "docs" / "reproduction.md")
 SECTION = re.compile(r"(<!-- (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 DESCRIBE = {
-    "recipe": recipe.describe,
+    "recipe": recipe_table.describe,
     "deep_reading": deep_reading.describe,
     "long_outputs": long_outputs.describe,
     "reproduction": reproduce_tables.describe,

@@ -57,6 +57,38 @@ def test_recipe_takes_equal_budgets_and_resumes(e2e: Path, tmp_path: Path) -> No
     assert {one["arm"] for one in again["budgets"][1]["arms"]} == {"any", "any-distill"}
 
 
+def test_recipe_trains_routers_and_runs_exits(e2e: Path, tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    options = ["--data", e2e, "--work", work, "--arms", "first-1_3", "dr-llm-1_2", "dr-llm-1_5", "calm-dense"]
+    result, printed = run("recipe.py", *options)
+    assert len(result["budget_of_an_arm"]["tokens"]) == 1
+    _, half, third, fifth = (
+        {one["arm"]: one for one in budget["arms"]} for budget in [{"arms": []}, *result["budgets"]]
+    )
+    assert (set(half), set(third), set(fifth)) == ({"dr-llm-1_2"}, {"first-1_3"}, {"dr-llm-1_5"})
+    assert 1 <= fifth["dr-llm-1_5"]["mean_layers"] < half["dr-llm-1_2"]["mean_layers"] < 12
+    for budget in result["budgets"]:
+        (calm,) = budget["calm"]
+        assert 1 <= calm["mean_layers"] <= calm["batch_layers"][0] <= 12
+    assert result["routers"]["first-1_3"]["router_steps"] == 1
+    assert result["routers"]["dr-llm-1_2"] == result["routers"]["dr-llm-1_5"], "one search serves all depths"
+    assert all(
+        note in printed
+        for note in ("- `first-*`: 1 of the 4 steps", "- `dr-llm-*`: the network had", "- CALM: softmax")
+    )
+
+    # As if recovery had been interrupted: its router and what other stages have done stay.
+    (stage,) = work.glob("stages/*router_share*")
+    (stage / "report.json").unlink()
+    (work / "arms" / "first-1_3-dev-seed0.json").unlink()
+    kept = {
+        p: p.stat().st_mtime_ns for name in ("stages/*/report.json", "stages/*/router-*/*") for p in work.glob(name)
+    }
+    again, _ = run("recipe.py", *options)
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert again["routers"]["first-1_3"] == result["routers"]["first-1_3"]
+
+
 def test_deep_reading_draws_its_figure(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib comes with the extra 'plot'")
     options = ["--work", tmp_path / "work", "--tasks", "pointers", "--seeds", 0, 1, "--arms"]

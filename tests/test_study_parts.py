@@ -28,6 +28,7 @@ import deep_reading
 import reading_training
 import recipe
 import recipe_arms
+import recipe_table
 import study
 import study_tables
 from reading_tasks import FactQuestions, PointerChasing, read_graph
@@ -258,8 +259,14 @@ def test_arms_differ_in_what_they_say_and_cover_what_the_study_promises():
     for policy in ("early-termination", "unified", "hierarchical", "d3"):
         assert [depth for _, depth, _ in arms[f"any-{policy}"].evaluate] == list(recipe_arms.BUDGETS)
         assert f"one-{policy}-1_5" in arms
-    trainings = [recipe.stage_name(arm, 1, 0) for arm in arms.values()]
-    assert len(set(trainings)) == len(arms)
+    for kind in ("first", "dr-llm"):
+        assert [arms[f"{kind}-1_{part}"].evaluate for part in (2, 3, 5)] == [((kind, 1 / n, 1 / n),) for n in (2, 3, 5)]
+    on_others = {name: arm for name, arm in arms.items() if name.startswith(("dr-llm-", "calm-"))}
+    trainings = [recipe.stage_name(arm, 1, 0) for name, arm in arms.items() if name not in on_others]
+    assert len(set(trainings)) == len(trainings)
+    assert {recipe.stage_name(arm, 1, 0) for arm in on_others.values()} == {
+        recipe.stage_name(arms[name], 1, 0) for name in recipe_arms.CALM_ON
+    }
     assert not any("/" in name or "|" in name for name in trainings)
     assert recipe.stage_name(arms["any"], 0, 0) == recipe.stage_name(arms["dense"], 0, 0)
 
@@ -279,15 +286,37 @@ def test_a_winner_is_named_only_beyond_chance():
             rows.append({"mean_layers": 4.0, "bleu_counts": counts.tolist(), "slot_counts": slots})
         return {"runs": [{"seed": s, "train_s": 1.0} for s in seeds], "rows": rows}
 
-    clear = {"depth": 1 / 3, **recipe.compare({"any": entry(10), "small-4": entry(15)})}
+    clear = {"depth": 1 / 3, **recipe_table.compare({"any": entry(10), "small-4": entry(15)})}
     assert [one["arm"] for one in clear["arms"]] == ["small-4", "any"]
     assert clear["arms"][1]["behind_best"]["low"] > 0
     assert clear["arms"][0]["slot_error_rate"]["value"] == 20
-    assert recipe.verdict(clear).startswith("At depth 1/3 `small-4` wins with ")
-    near = {"depth": 1 / 3, **recipe.compare({"any": entry(12), "any-need": entry(12)})}
-    assert "within chance of" in recipe.verdict(near)
-    unpaired = {"depth": 1 / 3, **recipe.compare({"any": entry(10), "small-4": entry(15, (0, 1))})}
-    assert "within chance of `any`" in recipe.verdict(unpaired), "other seeds are not compared in pairs"
+    assert recipe_table.verdict(clear).startswith("At depth 1/3 `small-4` wins with ")
+    near = {"depth": 1 / 3, **recipe_table.compare({"any": entry(12), "any-need": entry(12)})}
+    assert "within chance of" in recipe_table.verdict(near)
+    unpaired = {"depth": 1 / 3, **recipe_table.compare({"any": entry(10), "small-4": entry(15, (0, 1))})}
+    assert recipe_table.verdict(unpaired).endswith("With other seeds, and so not compared: `any`.")
+    beside = recipe_table.compare({"calm-dense": entry(15), "any": entry(10)})
+    assert [one["arm"] for one in beside["arms"]] == ["any"], "what exits by confidence does not compete"
+    assert beside["calm"][0]["behind_best"]["high"] < 0
+
+
+def test_recipe_says_who_wins_and_who_was_not_compared():
+    def arm(name: str, low: float | None) -> dict:
+        behind = None if low is None else {"value": low + 1, "low": low, "high": low + 2}
+        return {"arm": name, "bleu": {"value": 60.0}, "mean_layers": 4.0, "behind_best": behind}
+
+    def said(*others: dict) -> str:
+        return recipe_table.verdict({"depth": 1 / 3, "arms": [arm("any", None), *others]})
+
+    assert said() == "At depth 1/3 only `any` has run (60.0 BLEU at 4.0 layers)."
+    assert said(arm("dr-llm-1_3", 2)).endswith(
+        "wins with 60.0 BLEU at 4.0 layers; every other arm is behind it beyond chance."
+    )
+    close = said(arm("first-1_3", -1), arm("small-4", 0.5), arm("one-d3-1_3", None))
+    assert "but within chance of `first-1_3`. The small dense model `small-4` is behind beyond chance." in close
+    assert close.endswith("With other seeds, and so not compared: `one-d3-1_3`.")
+    assert "every other arm with its seeds is behind it" in said(arm("small-4", 1), arm("one-d3-1_3", None))
+    assert "within chance" not in said(arm("one-d3-1_3", None))
 
 
 def test_unequal_budgets_are_noticed(tmp_path: Path):
@@ -295,6 +324,10 @@ def test_unequal_budgets_are_noticed(tmp_path: Path):
     recipe.check_equal(tmp_path, "b", 0, [{"steps": 2, "tokens": 12}, {"steps": 2, "tokens": 10}])
     with pytest.raises(AssertionError, match="other arms took"):
         recipe.check_equal(tmp_path, "c", 0, [{"steps": 2, "tokens": 10}, {"steps": 2, "tokens": 11}])
+    regrouped = {"steps": 2, "tokens": 11, "tokens_as_grouped": 12, "regrouped_examples": 2}
+    recipe.check_equal(tmp_path, "first", 0, [{"steps": 2, "tokens": 10}, regrouped])
+    with pytest.raises(AssertionError, match="3 tokens apart"):
+        recipe.check_equal(tmp_path, "first", 0, [{"steps": 2, "tokens": 10}, {**regrouped, "tokens": 9}])
 
 
 def test_a_work_directory_holds_one_study(tmp_path: Path):
