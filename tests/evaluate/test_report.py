@@ -86,7 +86,7 @@ def test_every_text_is_escaped(tmp_path: Path):
     assert "img" not in tags
     assert not [name for _, attributes in elements.starts for name in attributes if name.startswith("on")]
     assert set(HOSTILE) <= set(elements.texts)
-    assert not list(tmp_path.glob("*.partial"))
+    assert not list(tmp_path.glob(".*.part"))
 
 
 def test_nothing_is_loaded_from_elsewhere():

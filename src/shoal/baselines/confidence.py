@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from shoal.baselines.layerwise import LayerwiseDecoder
 from shoal.depth.shape import ModelShape
 from shoal.engine.intake import Prompt, check_length
 from shoal.errors import CheckpointError, InvalidInput, MissingExtra
+from shoal.files import replaced
 
 
 class Confidence(Protocol):
@@ -127,10 +127,8 @@ class LinearClassifier:
         if not path.parent.is_dir():
             raise InvalidInput(f"{path} cannot be written: {path.parent} is not a directory")
         metadata = {"bias": repr(self.bias), "fingerprint": self.fingerprint, "model": self.model}
-        with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-            written = Path(scratch) / "classifier"
-            save_file({"weight": self.weight.contiguous()}, written, metadata=metadata)
-            os.replace(written, path)
+        with replaced(path) as partial:
+            save_file({"weight": self.weight.contiguous()}, partial, metadata=metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> LinearClassifier:

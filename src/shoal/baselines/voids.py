@@ -13,7 +13,6 @@ is good for: choosing layers that a depth plan may leave out, whose loss is then
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from torch import Tensor
 from shoal.baselines.layerwise import LayerwiseDecoder
 from shoal.engine.intake import check_length
 from shoal.errors import InvalidInput, MissingExtra
+from shoal.files import replaced
 from shoal.models.passes import Ints
 
 
@@ -176,12 +176,8 @@ def draw(voids: VoidMap, path: Path, *, title: str) -> None:
     panels[0].set_ylabel("layer")
     figure.colorbar(image, ax=panels, label="share of tokens of which the layer is a void")
     figure.suptitle(title)
-    written = path.with_name(f".{path.name}.part")
-    try:
-        figure.savefig(written, format=path.suffix.removeprefix(".") or "png", dpi=150)
-        os.replace(written, path)
-    finally:
-        written.unlink(missing_ok=True)
+    with replaced(path) as partial:
+        figure.savefig(partial, format=path.suffix.removeprefix(".") or "png", dpi=150)
 
 
 def emptiest(voids: VoidMap, count: int = 3) -> list[int]:

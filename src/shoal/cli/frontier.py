@@ -12,7 +12,6 @@ from rich.table import Table
 
 from shoal.cli import options
 from shoal.cli.options import option
-from shoal.evaluate.bootstrap import Score
 from shoal.evaluate.frontier_result import FrontierResult, Spent
 
 
@@ -154,17 +153,12 @@ def summary_table(result: FrontierResult) -> Table:
         table.add_row(
             arm.name,
             f"{arm.realised_mean_layers:.2f}/{arm.num_layers}",
-            interval(arm.scores[main.name]),
-            interval(arm.delta[main.name], sign="+") if arm.delta else "",
+            f"{arm.scores[main.name]:.2f}",
+            f"{arm.delta[main.name]:+.2f}" if arm.delta else "",
             *(f"{arm.scores[metric.name].value:.2f}" for metric in others),
             *map(of_dense, spent),
         )
     return table
-
-
-def interval(score: Score, *, sign: str = "") -> str:
-    """A score, or a difference with its sign, and the interval."""
-    return f"{score.value:{sign}.2f} [{score.low:{sign}.2f}, {score.high:{sign}.2f}]"
 
 
 def of_dense(spent: Spent) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -16,9 +14,9 @@ from rich.table import Table
 from shoal.cli import options
 from shoal.cli.options import option
 from shoal.errors import InvalidInput
+from shoal.files import check_writable, write_json
 
 if TYPE_CHECKING:
-    from shoal.evaluate.bootstrap import Score
     from shoal.evaluate.layer_change import LayerChange
     from shoal.evaluate.suits import Outcome
 
@@ -58,8 +56,8 @@ def suits(
     from shoal.evaluate.suits_figure import draw, require_matplotlib
 
     for path in (out, json_):
-        if path is not None and (path.is_dir() or not path.parent.is_dir()):
-            raise InvalidInput(f"{path} cannot be written: give a file in a directory that exists")
+        if path is not None:
+            check_writable(path)
     if out is not None:
         if out.suffix.lower() != ".png":
             raise InvalidInput(f"--out {out}: the picture is a PNG, so the suffix must be .png")
@@ -82,10 +80,7 @@ def suits(
     if out is not None:
         draw(found, out)
     if json_ is not None:
-        written = json_.with_name(f".{json_.name}.part")
-        record = {**found.to_dict(), "data": str(data), "advice": advice(found)}
-        written.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        os.replace(written, json_)
+        write_json(json_, {**found.to_dict(), "data": str(data), "advice": advice(found)})
     console = Console()
     console.print(layers_table(found.layers))
     console.print()
@@ -129,18 +124,14 @@ def outcomes_table(outcomes: tuple[Outcome, ...]) -> Table:
     for column in ("layers\nrun", "agreement, %", "loss increase, nats"):
         table.add_column(column, justify="right", no_wrap=True)
 
-    def interval(score: Score, digits: int, scale: int = 1) -> str:
-        value, low, high = (f"{scale * number:.{digits}f}" for number in (score.value, score.low, score.high))
-        return f"{value} [{low}, {high}]"
-
     for depth, group in groupby(outcomes, key=lambda outcome: outcome.depth):
         for number, outcome in enumerate(group):
             table.add_row(
                 "" if number else f"{depth:.3g}",
                 outcome.policy,
                 f"{outcome.realised_depth:.1%}",
-                interval(outcome.agreement, 1, scale=100),
-                interval(outcome.loss_increase, 3),
+                f"{outcome.agreement.times(100):.1f}",
+                f"{outcome.loss_increase:.3f}",
             )
         table.add_section()
     return table

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -24,6 +22,7 @@ from shoal.engine.intake import check_length
 from shoal.engine.request import Generation
 from shoal.engine.sampling import Sampling
 from shoal.errors import InvalidInput, RequestFailed
+from shoal.files import check_writable, write_json
 
 IMAGES = (".png", ".svg", ".pdf")
 NOTHING_SAVED = (
@@ -61,8 +60,8 @@ def voids(
     if out is not None and out.suffix.lower() not in IMAGES:
         raise InvalidInput(f"--out {out}: the suffix must be one of {', '.join(IMAGES)}")
     for path in (out, json_):
-        if path is not None and (path.is_dir() or not path.parent.is_dir()):
-            raise InvalidInput(f"{path} cannot be written: give a file in a directory that exists")
+        if path is not None:
+            check_writable(path)
     if not 0 <= alpha <= 1:
         raise InvalidInput(f"--alpha must be 0 to 1, got {alpha}")
     sampling = Sampling(max_new_tokens=max_new_tokens)
@@ -74,9 +73,7 @@ def voids(
     if out is not None:
         draw(found, out, title=f"{model}: voids at alpha {alpha:g}, {len(texts)} prompts")
     if json_ is not None:
-        written = json_.with_name(f".{json_.name}.part")
-        written.write_text(json.dumps({"model": model, **found.to_dict()}) + "\n", encoding="utf-8")
-        os.replace(written, json_)
+        write_json(json_, {"model": model, **found.to_dict()}, indent=None)
     console.print(table_of(found))
     console.print("\n" + summary(found), soft_wrap=True, highlight=False)
 

@@ -35,8 +35,16 @@ class Score:
     high: float
     """Upper end of the interval."""
 
+    def __format__(self, spec: str) -> str:
+        """Value and interval, each as the format `spec` says: `f"{score:+.1f}"` is `+0.4 [-0.1, +0.9]`."""
+        return f"{self.value:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
+
     def __str__(self) -> str:
-        return f"{self.value:.1f} [{self.low:.1f}, {self.high:.1f}]"
+        return f"{self:.1f}"
+
+    def times(self, factor: float) -> Score:
+        """In another unit, such as percent."""
+        return Score(factor * self.value, factor * self.low, factor * self.high)
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,10 +19,11 @@ from shoal.depth.policies import POLICIES
 from shoal.errors import InvalidInput, nearest
 from shoal.evaluate.frontier_arms import ArmRecord, PlannedArm, plan_arms, read_record, save_record
 from shoal.evaluate.frontier_assembly import ArmRun, assemble
-from shoal.evaluate.frontier_result import FrontierResult, Refused, write_json
+from shoal.evaluate.frontier_result import FrontierResult, Refused
 from shoal.evaluate.frontier_subject import Report, Subject
 from shoal.evaluate.metrics import metric_named
 from shoal.evaluate.tasks import Task, TaskInput, load_task
+from shoal.files import write_json
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,8 @@ from shoal.depth.plan import Dense, DepthPlan
 from shoal.depth.policies import policy_at
 from shoal.engine.intake import resolve_plan
 from shoal.errors import InvalidInput, InvalidPlan
-from shoal.evaluate.frontier_result import Refused, write_json
+from shoal.evaluate.frontier_result import Refused
+from shoal.files import write_json
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,6 @@ model is an arm of its own, which stands in the same figure by its FLOPs, since 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 from shoal.errors import InvalidInput
 from shoal.evaluate.bootstrap import Score
+from shoal.files import write_json
 
 FILE_NAME = "frontier.json"
 FORMAT = 1
@@ -237,14 +237,3 @@ def _arm(data: Mapping[str, Any]) -> Arm:
 
 def _scores(data: Mapping[str, Mapping[str, float]]) -> dict[str, Score]:
     return {name: Score(**score) for name, score in data.items()}
-
-
-def write_json(path: Path, data: Mapping[str, Any], *, indent: int | None = 1) -> None:
-    """Write an object as JSON so that `path` holds either what it held or all of it. Raises `ValueError` for NaN."""
-    partial = path.with_name(path.name + ".partial")
-    text = json.dumps(data, indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)

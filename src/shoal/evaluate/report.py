@@ -22,6 +22,7 @@ from shoal import __version__
 from shoal.evaluate.bootstrap import Score
 from shoal.evaluate.frontier_result import Arm, FrontierResult, MetricInfo, Spending
 from shoal.evaluate.winners import DENSE, budgets, digits, number, reference, series, summary, written
+from shoal.files import replaced
 
 FILE_NAME = "report.html"
 PARTS = {"decode": "decode", "request": "whole request"}
@@ -34,10 +35,9 @@ SCALES = (("", 1.0), ("k", 1e3), ("M", 1e6), ("G", 1e9), ("T", 1e12), ("P", 1e15
 def write_report(result: FrontierResult, path: str | os.PathLike[str]) -> Path:
     """Write the page to `path`, which holds either what it held or all of it; returns the path."""
     path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    # What UTF-8 cannot hold (half of a surrogate pair) becomes a character reference.
-    partial.write_bytes(render(result).encode("utf-8", errors="xmlcharrefreplace"))
-    os.replace(partial, path)
+    with replaced(path) as partial:
+        # What UTF-8 cannot hold (half of a surrogate pair) becomes a character reference.
+        partial.write_bytes(render(result).encode("utf-8", errors="xmlcharrefreplace"))
     return path
 
 

@@ -31,12 +31,13 @@ from shoal.evaluate.exactness import Exactness, measure_exactness
 from shoal.evaluate.frontier import inputs_digest, run_frontier
 from shoal.evaluate.frontier_arms import ArmRecord, PlannedArm
 from shoal.evaluate.frontier_assembly import conditions
-from shoal.evaluate.frontier_result import Arm, write_json
+from shoal.evaluate.frontier_result import Arm
 from shoal.evaluate.frontier_subject import Report
 from shoal.evaluate.metrics import METRICS
 from shoal.evaluate.reproduce_claims import Comparison, Judge, Measured, better, compare, judged, negligible
 from shoal.evaluate.reproduce_config import WAYS, Checked, ReproduceConfig, check
 from shoal.evaluate.suits import spread
+from shoal.files import write_json
 from shoal.models.convert import convert_checkpoint
 from shoal.models.memory import drop_freed
 from shoal.train.config import TuneConfig

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-import os
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from shoal.depth.policies import POLICIES
 from shoal.errors import MissingExtra
 from shoal.evaluate.suits import Outcome, Suitability
 from shoal.evaluate.suits_advice import KEPT_AGREEMENT, KEPT_LOSS, advice
+from shoal.files import replaced
 
 COLORS = ("#0b3c5d", "#e08e0b", "#3fa796", "#a23b72", "#6b7a8f")
 MARKERS = ("o", "s", "D", "^", "v")
@@ -50,10 +50,9 @@ def draw(found: Suitability, path: Path) -> None:
     figure.supxlabel(textwrap.fill(advice(found), 165), x=0.01, ha="left", fontsize=9.5)
     drawn = io.BytesIO()
     figure.savefig(drawn, dpi=110, format="png")
-    partial = path.with_name(f".{path.name}.part")
-    # A palette looks the same and takes a third of the bytes.
-    Image.open(drawn).convert("RGB").quantize(128).save(partial, format="PNG", optimize=True)
-    os.replace(partial, path)
+    with replaced(path) as partial:
+        # A palette looks the same and takes a third of the bytes.
+        Image.open(drawn).convert("RGB").quantize(128).save(partial, format="PNG", optimize=True)
 
 
 def draw_layers(panel: Any, found: Suitability) -> None:

@@ -1,0 +1,39 @@
+"""Files that are whole or as they were."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from shoal.errors import InvalidInput
+from shoal.files import check_writable, replaced, write_json
+
+
+def test_a_file_is_replaced_at_the_end_alone(tmp_path: Path) -> None:
+    path = tmp_path / "result.txt"
+    path.write_text("before")
+    with replaced(path) as partial:
+        partial.write_text("after")
+        assert path.read_text() == "before"
+    assert path.read_text() == "after"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_error_leaves_what_was_there_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    write_json(path, {"loss": 1.5})
+    with pytest.raises(RuntimeError, match="halfway"), replaced(path) as partial:
+        partial.write_text("half")
+        raise RuntimeError("halfway")
+    with pytest.raises(ValueError, match="nan"):
+        write_json(path, {"loss": float("nan")})
+    assert path.read_text() == '{\n "loss": 1.5\n}\n'
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_places_that_cannot_be_written_are_named(tmp_path: Path) -> None:
+    check_writable(tmp_path / "new.json")
+    for path in (tmp_path, tmp_path / "missing" / "new.json"):
+        with pytest.raises(InvalidInput, match=f"{path.name} cannot be written"):
+            check_writable(path)
