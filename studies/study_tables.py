@@ -13,6 +13,7 @@ from pathlib import Path
 import deep_reading
 import long_outputs
 import recipe_table
+import suits_order
 from shoal.evaluate import reproduce_tables
 from study import RESULTS, read_json
 
@@ -23,6 +24,7 @@ DESCRIBE = {
     "recipe": recipe_table.describe,
     "deep_reading": deep_reading.describe,
     "long_outputs": long_outputs.describe,
+    "suits_order": suits_order.describe,
     "reproduction": reproduce_tables.describe,
 }
 

@@ -124,3 +124,12 @@ def test_long_outputs_compares_losses_by_position(tmp_path: Path) -> None:
     assert all(len(one["by_band"]) == 4 for one in result["arms"])
     assert "depth 0.5 (" in printed
     assert "<svg" in (tmp_path / "work" / "long_outputs.svg").read_text(encoding="utf-8")
+
+
+def test_suits_order_compares_with_the_recipes_arms(e2e: Path, tmp_path: Path) -> None:
+    options = ["--data", e2e, "--work", tmp_path / "work"]
+    run("recipe.py", *options, "--arms", "any", "any-unified")
+    result, _ = run("suits_order.py", *options)
+    assert [depth["depth"] for depth in result["depths"]] == [1 / 2, 1 / 3, 1 / 5]
+    for depth in result["depths"]:
+        assert {one["policy"] for one in depth["policies"]} == {"skipdecode", "unified"}
