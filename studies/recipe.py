@@ -4,7 +4,8 @@
     python studies/recipe.py --data ../shared/data/e2e_nlg --split test --save
 
 A 12-layer model from random weights: half of `--steps` dense, the other half tuned in the arm's own way (`recipe_arms.py`;
-routers: `recipe_routers.py`). A second call with the same settings goes on where the first one stopped, and adds arms and seeds.
+routers: `recipe_routers.py`). A second call with the same settings goes on where the first one stopped, and adds arms and seeds;
+`results/` keeps what the arms counted, so that an empty work directory need not train them again.
 Unlike the model that ships, which was grown from three layers and hardly needs its middle ones, this one is deep from the start:
 skipping has something to lose.
 
@@ -40,7 +41,7 @@ from shoal.evaluate.e2e import E2EInput, read_e2e
 from shoal.models.checkpoint import load_tokenizer
 from shoal.train.config import TuneConfig
 from shoal.train.tune import tune
-from study import Clock, chosen, open_work, parser, read_json, save, table, write_json
+from study import Clock, chosen, open_work, pack, parser, read_json, save, table, unpack, write_json
 
 SPLITS = {"dev": "devset.csv.gz", "test": "testset_w_refs.csv.gz"}
 RATES = (1e-3, 3e-4)
@@ -50,9 +51,9 @@ RATES = (1e-3, 3e-4)
 def main() -> None:
     options = parser(__doc__, work="recipe")
     options.add_argument("--data", type=Path, required=True, help="directory of the E2E files")
-    options.add_argument("--steps", type=int, default=1200, help="optimizer steps of an arm, both stages together")
-    options.add_argument("--batch-size", type=int, default=32)
-    options.add_argument("--width", type=int, default=128, help="of the residual stream; 32 per head")
+    options.add_argument("--steps", type=int, default=3000, help="optimizer steps of an arm, both stages together")
+    options.add_argument("--batch-size", type=int, default=16)
+    options.add_argument("--width", type=int, default=64, help="of the residual stream; 32 per head")
     options.add_argument("--bfloat16", action="store_true", help="train with products in bfloat16")
     options.add_argument(
         "--split", choices=sorted(SPLITS), default="dev", help="choose on dev; test is for one last run"
@@ -81,10 +82,13 @@ def run(options: argparse.Namespace) -> None:
     work: Path = options.work
     shared = ("steps", "batch_size", "width", "bfloat16", "quick")
     open_work(work, {**{name: getattr(options, name) for name in shared}, "rates": RATES})
+    unpack("recipe", work)
     prepare(work, options)
     inputs = inputs_of(options.split, options)
     for seed in options.seeds:
         for name in names:
+            if arm_file(work, name, seed, options).is_file():
+                continue
             arm = arms()[name]
             trained = [train_stage(work, arm, number, seed, options) for number in (0, 1)]
             check_equal(work, name, seed, trained)
@@ -93,7 +97,13 @@ def run(options: argparse.Namespace) -> None:
     print(describe(result))
     if options.save:
         save("recipe", result)
+        pack("recipe", work, leave_out=("texts",))
     print(json.dumps({"study": "recipe", **result}))
+
+
+def arm_file(work: Path, name: str, seed: int, options: argparse.Namespace) -> Path:
+    """Where an arm's results are, once they are there."""
+    return work / "arms" / f"{name}-{options.split}-seed{seed}.json"
 
 
 def inputs_of(split: str, options: argparse.Namespace) -> list[E2EInput]:
@@ -217,10 +227,8 @@ def check_equal(work: Path, name: str, seed: int, stages: list[dict[str, Any]]) 
 def evaluate_arm(
     work: Path, name: str, arm: Arm, seed: int, inputs: list[E2EInput], options: argparse.Namespace
 ) -> None:
-    """Generate and count, unless it was done; the arm's file keeps what each input adds to BLEU and slot errors."""
-    path = work / "arms" / f"{name}-{options.split}-seed{seed}.json"
-    if path.is_file():
-        return
+    """Generate and count; the arm's file keeps what each input adds to BLEU and slot errors."""
+    path = arm_file(work, name, seed, options)
     path.parent.mkdir(exist_ok=True)
     stages = [read_json(work / "stages" / stage_name(arm, number, seed) / "report.json") for number in (0, 1)]
     home = work / "stages" / stage_name(arm, 1, seed)

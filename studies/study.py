@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import fnmatch
+import gzip
 import json
 import os
 import platform
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 
 from shoal.errors import InvalidInput
+from shoal.files import replaced
 
 RESULTS = Path(__file__).parent / "results"
 """One JSON file per study."""
@@ -82,6 +84,35 @@ def save(study: str, result: dict[str, Any]) -> None:
     """Write `results/<study>.json`."""
     RESULTS.mkdir(exist_ok=True)
     write_json(RESULTS / f"{study}.json", {"study": study, **result})
+
+
+def pack(study: str, work: Path, leave_out: Sequence[str] = ()) -> None:
+    """Write what the arms of a work directory counted to `results/<study>_arms.json.gz`: further arms can be compared with them."""
+    arms = {}
+    for path in sorted((work / "arms").glob("*.json")):
+        one = read_json(path)
+        arms[path.stem] = {**one, "rows": [{k: v for k, v in row.items() if k not in leave_out} for row in one["rows"]]}
+    budgets = {path.stem: read_json(path) for path in sorted(work.glob("budget-*.json"))}
+    kept = {"settings": read_json(work / "study.json"), "budgets": budgets, "arms": arms}
+    data = gzip.compress(json.dumps(kept, ensure_ascii=False, separators=(",", ":")).encode(), mtime=0)
+    with replaced(RESULTS / f"{study}_arms.json.gz") as partial:
+        partial.write_bytes(data)
+
+
+def unpack(study: str, work: Path) -> None:
+    """Put what `pack` kept of arms with the settings of `work` there, unless they have files."""
+    path = RESULTS / f"{study}_arms.json.gz"
+    if not path.is_file():
+        return
+    kept = json.loads(gzip.decompress(path.read_bytes()))
+    if kept["settings"] != read_json(work / "study.json"):
+        return
+    (work / "arms").mkdir(exist_ok=True)
+    files = {work / f"{name}.json": one for name, one in kept["budgets"].items()}
+    files |= {work / "arms" / f"{name}.json": one for name, one in kept["arms"].items()}
+    for file, one in files.items():
+        if not file.is_file():
+            write_json(file, one)
 
 
 def conditions() -> dict[str, Any]:

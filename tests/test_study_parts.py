@@ -342,3 +342,21 @@ def test_a_work_directory_holds_one_study(tmp_path: Path):
     clock.tick()
     assert study.Clock(tmp_path / "seconds.json").seconds == pytest.approx(clock.seconds, abs=1e-3)
     assert json.loads((tmp_path / "seconds.json").read_text(encoding="utf-8")) >= 0
+
+
+def test_packed_arms_come_back_where_the_settings_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(study, "RESULTS", tmp_path)
+    works = [tmp_path / name for name in ("first", "same", "other")]
+    for work, steps in zip(works, (10, 10, 20), strict=True):
+        study.open_work(work, {"steps": steps})
+    first, same, other = works
+    (first / "arms").mkdir()
+    study.write_json(first / "arms" / "any-dev-seed0.json", {"arm": "any", "rows": [{"depth": 1.0, "texts": ["a"]}]})
+    study.write_json(first / "budget-seed0.json", {"steps": 10})
+    study.pack("recipe", first, leave_out=("texts",))
+    for work in works:
+        study.unpack("recipe", work)
+    assert study.read_json(first / "arms" / "any-dev-seed0.json")["rows"] == [{"depth": 1.0, "texts": ["a"]}]
+    assert study.read_json(same / "arms" / "any-dev-seed0.json")["rows"] == [{"depth": 1.0}]
+    assert study.read_json(same / "budget-seed0.json") == {"steps": 10}
+    assert not (other / "arms").exists()

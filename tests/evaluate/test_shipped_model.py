@@ -59,11 +59,17 @@ def test_the_card_is_what_its_numbers_say(engine: Engine):
 
 
 def test_it_meets_what_it_promises():
-    """Dense at least 62 BLEU; every tuned depth within 2 of it (E2E test set, greedy)."""
+    """E2E test set, greedy: dense at least 65 BLEU; every depth within 1 of it, within chance of a model that was tuned for this
+    depth alone, and running the layers that it says."""
     card = json.loads((SHIPPED / "card.json").read_text(encoding="utf-8"))
     assert card["evaluation"]["split"] == "test"
     assert card["evaluation"]["num_inputs"] == 630
-    bleu = {row["depth"]: row["bleu"]["value"] for row in card["evaluation"]["rows"] if row["system"] == "any-depth"}
-    assert sorted(bleu) == sorted(card["tuned"]["depths"])
-    assert bleu["1"] >= 62
-    assert min(bleu.values()) >= bleu["1"] - 2
+    rows = {row["depth"]: row for row in card["evaluation"]["rows"] if row["system"] == "any-depth"}
+    assert sorted(rows) == sorted(card["tuned"]["depths"])
+    assert rows["1"]["bleu"]["value"] >= 65
+    for depth, row in rows.items():
+        assert row["mean_depth"] == pytest.approx(float(Fraction(depth)), rel=0.05)
+    paired = {(one["depth"], one["minus"]): one["bleu"] for one in card["evaluation"]["paired"]}
+    for depth in set(rows) - {"1"}:
+        assert paired[depth, "itself at 1"]["value"] >= -1
+        assert paired[depth, "tuned for it alone"]["high"] >= 0
