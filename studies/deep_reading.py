@@ -26,7 +26,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -284,9 +284,21 @@ def verdicts(points: list[dict[str, Any]], max_hops: int) -> list[str]:
         means = [f"{100 * statistics.mean(score):.0f}%" for score in scores]
         found.append(
             f"depth {Fraction(depth)}: {word}. Of questions with two steps or more, deep reading gets {means[0]} right, the small "
-            f"dense model {means[1]}, deep layers with a shallow prompt {means[2]} (means of {len(deep)} seeds)."
+            f"dense model {means[1]}, deep layers with a shallow prompt {means[2]} (means of {seeds_of(scores)})."
         )
     return found
+
+
+def seeds_of(scores: Sequence[Sequence[float]]) -> str:
+    """How many seeds stand behind several means, as words.
+
+    >>> seeds_of([[1.0, 0.9], [0.5, 0.4]]), seeds_of([[1.0, 0.9], [0.5]])
+    ('2 seeds', '2 and 1 seeds')
+    """
+    counts = [str(len(each)) for each in scores]
+    if len(set(counts)) == 1:
+        return f"{counts[0]} seeds"
+    return f"{', '.join(counts[:-1])} and {counts[-1]} seeds"
 
 
 def describe(result: dict[str, Any]) -> str:
@@ -294,7 +306,15 @@ def describe(result: dict[str, Any]) -> str:
     parts = []
     for name, task in result["tasks"].items():
         hops = [str(k) for k in range(1, task["max_hops"] + 1)]
-        header = ["arm", "depth", "mean layers", *(f"{k} steps" for k in hops), "level reached", "steps", "training, s"]
+        header = [
+            "arm",
+            "depth",
+            "mean layers",
+            *(f"{k} step{'s' if k != '1' else ''}" for k in hops),
+            "level reached",
+            "steps",
+            "training, s",
+        ]
         rows = []
         for point in task["points"]:
             cells = [spread(point["right"]["written"][k]) for k in hops]
