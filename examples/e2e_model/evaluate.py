@@ -3,8 +3,10 @@
     python examples/e2e_model/evaluate.py --data ../shared/data/e2e_nlg --work runs/e2e --split dev
     python examples/e2e_model/evaluate.py --data ../shared/data/e2e_nlg --work runs/e2e --split test --card
 
-Three systems: the any-depth model, the dense model before any-depth tuning under the same plans, and the small dense model.
-Choose on `dev`; the test set is for one last run. With `--card`, the numbers go into the shipped model's `card.json`.
+Systems: the any-depth model, the same gone on with at one depth alone, the dense model before any-depth tuning under the same
+plans, and the small dense model. What the any-depth model loses at a depth, against itself at depth 1 and against the model tuned
+for that depth alone, is a paired bootstrap. Choose on `dev`; the test set is for one last run. With `--card`, the numbers go into
+the shipped model's `card.json`; rows of systems whose checkpoints are not there any more are kept.
 """
 
 from __future__ import annotations
@@ -17,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from shoal import Dense, Engine, Sampling, SkipDecode
-from shoal.evaluate.bootstrap import Score
+from shoal.evaluate.bootstrap import Score, Statistics
 from shoal.evaluate.e2e import E2EInput, read_e2e, slot_error_rate
-from shoal.evaluate.text import bleu, rouge_l
+from shoal.evaluate.text import bleu_counts, bleu_of, rouge_l
 
 FILES = {"dev": "devset.csv.gz", "test": "testset_w_refs.csv.gz"}
 DEPTHS = (1.0, 1 / 2, 1 / 3, 1 / 4, 1 / 5)
@@ -34,24 +36,39 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=SHIPPED, help="the any-depth model")
     parser.add_argument("--split", choices=sorted(FILES), default="dev")
     parser.add_argument("--limit", type=int, help="first so many inputs only")
-    parser.add_argument("--only", help="one of: any-depth, dense, small")
+    parser.add_argument("--only", help="one of: any-depth, only-1_2 (_3, _4, _5), dense, small")
     parser.add_argument("--dtype", default="bfloat16", help="of weights and products, the same for all systems")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--card", action="store_true", help="put the results into card.json")
     options = parser.parse_args()
 
     inputs = read_e2e(options.data / FILES[options.split])[: options.limit]
-    systems = {"any-depth": (options.model, DEPTHS), "dense": (options.work / "dense", DEPTHS)}
-    systems["small"] = (options.work / "small", (1.0,))
-    rows = []
+    systems = {"any-depth": (options.model, DEPTHS)}
+    for depth in DEPTHS[1:]:
+        systems[f"only-{written(depth).replace('/', '_')}"] = (
+            options.work / f"only-{written(depth).replace('/', '_')}",
+            (depth,),
+        )
+    systems |= {"dense": (options.work / "dense", DEPTHS), "small": (options.work / "small", (1.0,))}
+    rows, counts = [], {}
     for name, (directory, depths) in systems.items():
-        if options.only in (None, name):
-            engine = Engine.from_pretrained(directory, dtype=options.dtype, threads=options.threads)
-            for depth in depths:
-                rows.append({"system": name, **measure(engine, inputs, depth)})
-                print(describe(rows[-1]), flush=True)
+        if options.only not in (None, name):
+            continue
+        if not directory.is_dir():
+            print(f"{name}: no checkpoint at {directory}")
+            continue
+        engine = Engine.from_pretrained(directory, dtype=options.dtype, threads=options.threads)
+        for depth in depths:
+            row, counts[name, depth] = measure(engine, inputs, depth)
+            rows.append({"system": name, **row})
+            print(describe(rows[-1]), flush=True)
+    paired = compare(counts)
+    for one in paired:
+        print(f"any-depth at {one['depth']} minus {one['minus']}: {Score(**one['bleu'])} BLEU", flush=True)
     if options.card:
         card = json.loads((SHIPPED / "card.json").read_text(encoding="utf-8"))
+        before = card.get("evaluation", {"rows": []})
+        measured = {row["system"] for row in rows}
         card["evaluation"] = {
             "split": options.split,
             "num_inputs": len(inputs),
@@ -61,30 +78,52 @@ def main() -> None:
                 slot_error_rate([e.mr for e in inputs for _ in e.references], [r for e in inputs for r in e.references])
             ),
             "versions": {name: version(name) for name in ("shoal", "torch", "sacrebleu", "rouge-score")},
-            "rows": rows,
+            "rows": rows + [row for row in before["rows"] if row["system"] not in measured],
+            "paired": paired,
         }
         (SHIPPED / "card.json").write_text(json.dumps(card, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def measure(engine: Engine, inputs: list[E2EInput], depth: float) -> dict[str, Any]:
-    """Quality and realised depth of `engine` on `inputs` at a nominal depth."""
-    plan = Dense() if depth == 1 else SkipDecode(depth=depth)
+def written(depth: float) -> str:
+    """`1/3` as people write it."""
+    return str(Fraction(depth).limit_denominator(12))
+
+
+def compare(counts: dict[tuple[str, float], Statistics]) -> list[dict[str, Any]]:
+    """BLEU of the any-depth model at each depth, minus its own at depth 1 and minus that of the model of this depth alone."""
+    found = []
+    for depth in DEPTHS[1:]:
+        for other in (("any-depth", 1.0), (f"only-{written(depth).replace('/', '_')}", depth)):
+            if ("any-depth", depth) in counts and other in counts:
+                name = "itself at 1" if other[0] == "any-depth" else "tuned for it alone"
+                difference = counts["any-depth", depth].minus(counts[other])
+                found.append({"depth": written(depth), "minus": name, "bleu": score(difference)})
+    return found
+
+
+def measure(
+    engine: Engine, inputs: list[E2EInput], depth: float, *, horizon: int | None = None
+) -> tuple[dict[str, Any], Statistics]:
+    """Quality and realised depth of `engine` on `inputs` at a nominal depth, and what each input adds to BLEU."""
+    plan = Dense() if depth == 1 else SkipDecode(depth=depth, horizon=horizon)
     done = engine.generate([e.mr for e in inputs], sampling=Sampling(max_new_tokens=MAX_NEW_TOKENS), plan=plan)
     texts, references = [g.text for g in done], [e.references for e in inputs]
     passes = sum(g.ledger.decode_passes for g in done)
     mean_layers = sum(g.ledger.decode_layer_tokens for g in done) / passes
-    return {
-        "depth": str(Fraction(depth).limit_denominator(12)),
+    statistics = Statistics(bleu_counts(texts, references).astype(float), bleu_of)
+    row = {
+        "depth": written(depth),
         "num_layers": engine.shape.num_layers,
         "mean_layers": round(mean_layers, 3),
         "mean_depth": round(mean_layers / engine.shape.num_layers, 4),
         "mean_new_tokens": round(sum(len(g.token_ids) for g in done) / len(done), 2),
         "past_horizon": round(sum(g.past_horizon for g in done) / len(done), 4),
         "unfinished": sum(g.finish_reason != "stop" for g in done),
-        "bleu": score(bleu(texts, references)),
+        "bleu": score(statistics.score()),
         "rouge_l": score(rouge_l(texts, references)),
         "slot_error_rate": score(slot_error_rate([e.mr for e in inputs], texts)),
     }
+    return row, statistics
 
 
 def score(value: Score) -> dict[str, float]:
