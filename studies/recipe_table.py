@@ -44,6 +44,7 @@ def summarise(work: Path, split: str, inputs: list[E2EInput]) -> dict[str, Any]:
             if "router" in one
         },
         "budgets": budgets,
+        "claims": claims(pooled),
     }
 
 
@@ -60,6 +61,28 @@ def compare(entries: dict[str, dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def claims(pooled: dict[tuple[float, str], dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """What the SkipDecode paper claims: BLEU of `any` minus that of another arm, paired, where both have the same seeds.
+
+    Against `dense` at depth 1 (what is lost), and at its own depth against no warm-up layer and against early termination.
+    """
+    found = {}
+    for other in ("dense", "any-no-warmup", "any-early-termination"):
+        found[other] = [
+            {"depth": budget, "bleu": rounded(statistics_of(one).minus(statistics_of(against)))}
+            for budget in BUDGETS
+            if (one := pooled.get((budget, "any")))
+            and (against := pooled.get((1.0 if other == "dense" else budget, other)))
+            and [run["seed"] for run in one["runs"]] == [run["seed"] for run in against["runs"]]
+        ]
+    return {other: differences for other, differences in found.items() if differences}
+
+
+def statistics_of(entry: dict[str, Any]) -> Statistics:
+    """BLEU of an arm at a budget, seeds pooled."""
+    return Statistics(summed(entry, "bleu_counts"), bleu_of)
+
+
 def standing(name: str, entry: dict[str, Any], best: dict[str, Any] | None) -> dict[str, Any]:
     """An arm's scores at a budget, with its paired difference to the best one.
 
@@ -68,11 +91,11 @@ def standing(name: str, entry: dict[str, Any], best: dict[str, Any] | None) -> d
     """
     rows, runs = entry["rows"], entry["runs"]
     seeds = [one["seed"] for one in runs]
-    bleu = Statistics(summed(entry, "bleu_counts"), bleu_of)
+    bleu = statistics_of(entry)
     by_seed = [Statistics(np.array(row["bleu_counts"], float), bleu_of).score().value for row in rows]
     behind = None
     if best is not None and best is not entry and seeds == [one["seed"] for one in best["runs"]]:
-        behind = rounded(Statistics(summed(best, "bleu_counts"), bleu_of).minus(bleu))
+        behind = rounded(statistics_of(best).minus(bleu))
     of_calm = [key for key in ("threshold", "batch_layers", "flops_percent") if key in rows[0]]
     return {
         "arm": name,
@@ -142,6 +165,28 @@ def calm_verdict(budget: dict[str, Any]) -> str:
     if behind["high"] < 0:
         return f"{text} That is ahead of the best plan or router beyond chance."
     return f"{text} That is within chance of the best plan or router."
+
+
+CLAIMS = {
+    "dense": "the dense arm at depth 1",
+    "any-no-warmup": "no warm-up layer",
+    "any-early-termination": "early termination",
+}
+"""What SkipDecode is compared with."""
+
+
+def claims_said(found: dict[str, list[dict[str, Any]]]) -> str:
+    """The comparisons in a sentence."""
+    parts = [
+        f"{CLAIMS[other]}: " + ", ".join(f"{signed(one['bleu'])} at {name_of(one['depth'])}" for one in differences)
+        for other, differences in found.items()
+    ]
+    return f"SkipDecode (`any`), BLEU minus that of {'; of '.join(parts)} (paired)."
+
+
+def signed(score: dict[str, float]) -> str:
+    """A difference in a sentence."""
+    return f"{score['value']:+.1f} [{score['low']:+.1f}, {score['high']:+.1f}]"
 
 
 def listed(some: list[dict[str, Any]]) -> str:
@@ -224,6 +269,8 @@ def describe(result: dict[str, Any]) -> str:
     )
     verdicts = [verdict(budget) for budget in result["budgets"] if budget["arms"]]
     verdicts += [calm_verdict(budget) for budget in result["budgets"] if budget["calm"]]
+    if result["claims"]:
+        verdicts.append(claims_said(result["claims"]))
     tables = [table(HEADER, rows), *([table(CALM_HEADER, calm_rows)] if calm_rows else [])]
     said = ["\n".join(f"- {line}" for line in lines) for lines in (verdicts, notes(result)) if lines]
     return "\n\n".join([intro, *tables, *said])

@@ -64,3 +64,12 @@ def test_the_speed_table_is_the_benchmarks() -> None:
         assert over_transformers == f"{over['decode']['median']:.2f}x"
         assert decode == " · ".join(f"{depth['decode_speedup']['median']:.2f}x" for depth in depths)
         assert total == " · ".join(f"{depth['total_speedup']['median']:.2f}x" for depth in depths)
+
+
+def test_what_is_said_of_deep_reading_is_what_was_measured() -> None:
+    results = json.loads((ROOT / "studies" / "results" / "deep_reading.json").read_text(encoding="utf-8"))
+    (verdict,) = [one for one in results["tasks"]["pointers"]["verdicts"] if one.startswith("depth 1/4: confirmed")]
+    assert "3 seeds" in verdict
+    text = " ".join(README.read_text(encoding="utf-8").split())
+    said = text[text.index("Where depth pays") : text.index("reading deep pays")]
+    assert re.findall(r"(\d+)%", said) == re.findall(r"(\d+)%", verdict)
