@@ -23,9 +23,14 @@ def test_a_file_is_replaced_at_the_end_alone(tmp_path: Path) -> None:
 def test_an_error_leaves_what_was_there_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "result.json"
     write_json(path, {"loss": 1.5})
-    with pytest.raises(RuntimeError, match="halfway"), replaced(path) as partial:
-        partial.write_text("half")
-        raise RuntimeError("halfway")
+
+    def fail_halfway() -> None:
+        with replaced(path) as partial:
+            partial.write_text("half")
+            raise RuntimeError("halfway")
+
+    with pytest.raises(RuntimeError, match="halfway"):
+        fail_halfway()
     with pytest.raises(ValueError, match="nan"):
         write_json(path, {"loss": float("nan")})
     assert path.read_text() == '{\n "loss": 1.5\n}\n'
