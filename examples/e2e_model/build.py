@@ -8,7 +8,7 @@ Stages, each a checkpoint under `--work`; a stage whose checkpoint exists is ski
     dense      12 layers: `small` with 9 layers inserted that compute nothing at first, then trained dense
     any-depth  `dense`, tuned for depths 1 to 1/5
     round-1..  it goes on, until a round does not raise the mean BLEU over depths on the development set: the best one ships
-    only-1_2.. that round over again at one depth alone: what the depth could have had for itself
+    only-1_2.. that round over again at one depth alone
 
 Afterwards: `evaluate.py --split test --card`, then `card.py`.
 """

@@ -58,16 +58,17 @@ generated tokens really ran, counted as layers ran. In brackets: {intervals}.
 ## How it was made
 
 Data: the E2E NLG challenge's training set (Novikova, Dušek, Rieser 2017), {num_examples} pairs. Everything was trained from
-scratch with Shoal's own command on {machine}, seed {seed}, in {minutes} minutes; `examples/e2e_model/build.py` repeats it.
+scratch with Shoal's own command on {machine}, seed {seed} (each round: its own number), in {minutes}
+minutes; `examples/e2e_model/build.py` repeats it.
 
 {stages}
 
 A dense run ignores its horizon. `small` is three layers from random weights. `grown` is `small` with nine layers inserted above
 its bottom layer whose output projections are zero, so that it computes the same function. `any-depth` draws a plan per batch; it
 went on in rounds (from its weights in bfloat16) until the development set's mean BLEU over depths stopped improving{rounds}.
-The last round over again at one depth alone is what that depth could have had for itself. The horizon is 28, with which the mean
-layers of the model's own descriptions on that set come close to what each depth says; the plans of "12 layers before any-depth
-tuning" had a horizon of 26.
+The last round was run over again at one depth alone; that is not a model tuned for one depth from the start. The horizon is 28,
+with which the mean layers of the model's own descriptions on that set come close to what each depth says; the plans of "12 layers
+before any-depth tuning" had a horizon of 26.
 Software: {versions}. The numbers come from `examples/e2e_model/evaluate.py`, this page from `examples/e2e_model/card.py`.
 
 ## Limits and licence
@@ -134,9 +135,7 @@ def paired(differences: list[dict[str, Any]]) -> str:
     if not differences:
         return ""
     kinds = list(dict.fromkeys(one["minus"] for one in differences))
-    lines = [
-        f"| this model at | {' | '.join(f'minus the one {kind}' if 'alone' in kind else f'minus {kind}' for kind in kinds)} |"
-    ]
+    lines = [f"| this model at | {' | '.join(f'minus {kind}' for kind in kinds)} |"]
     lines.append("|---|" + "---:|" * len(kinds))
     for depth in dict.fromkeys(one["depth"] for one in differences):
         cells = [

@@ -3,10 +3,11 @@
     python examples/e2e_model/evaluate.py --data ../shared/data/e2e_nlg --work runs/e2e --split dev
     python examples/e2e_model/evaluate.py --data ../shared/data/e2e_nlg --work runs/e2e --split test --card
 
-Systems: the any-depth model, the same gone on with at one depth alone, the dense model before any-depth tuning under the same
-plans, and the small dense model. What the any-depth model loses at a depth, against itself at depth 1 and against the model tuned
-for that depth alone, is a paired bootstrap. Choose on `dev`; the test set is for one last run. With `--card`, the numbers go into
-the shipped model's `card.json`; rows of systems whose checkpoints are not there any more are kept.
+Systems: the any-depth model, the same with its last round at one depth alone, the dense model before any-depth tuning under the
+same plans, and the small dense model. What the any-depth model loses at a depth, against itself at depth 1 and against the model
+whose last round was at that depth alone, is a paired bootstrap. Choose on `dev`; the test set is for one last run. With `--card`,
+the numbers go into the shipped model's `card.json`, and need the checkpoints of the first two; rows of the others are kept where
+their checkpoints are not there any more.
 """
 
 from __future__ import annotations
@@ -65,6 +66,10 @@ def main() -> None:
     paired = compare(counts)
     for one in paired:
         print(f"any-depth at {one['depth']} minus {one['minus']}: {Score(**one['bleu'])} BLEU", flush=True)
+    if options.card and (len(paired) < 2 * len(DEPTHS[1:]) or options.limit or options.split != "test"):
+        parser.error(
+            "--card takes the whole test set, and the any-depth model beside all that had their last round at one depth alone"
+        )
     if options.card:
         card = json.loads((SHIPPED / "card.json").read_text(encoding="utf-8"))
         before = card.get("evaluation", {"rows": []})
@@ -90,12 +95,12 @@ def written(depth: float) -> str:
 
 
 def compare(counts: dict[tuple[str, float], Statistics]) -> list[dict[str, Any]]:
-    """BLEU of the any-depth model at each depth, minus its own at depth 1 and minus that of the model of this depth alone."""
+    """BLEU of the any-depth model at each depth, minus its own at depth 1 and with its last round at this depth alone."""
     found = []
     for depth in DEPTHS[1:]:
         for other in (("any-depth", 1.0), (f"only-{written(depth).replace('/', '_')}", depth)):
             if ("any-depth", depth) in counts and other in counts:
-                name = "itself at 1" if other[0] == "any-depth" else "tuned for it alone"
+                name = "itself at 1" if other[0] == "any-depth" else "its last round at this depth alone"
                 difference = counts["any-depth", depth].minus(counts[other])
                 found.append({"depth": written(depth), "minus": name, "bleu": score(difference)})
     return found

@@ -13,7 +13,6 @@ import gc
 import hashlib
 import json
 import math
-import os
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -37,7 +36,7 @@ from shoal.evaluate.metrics import METRICS
 from shoal.evaluate.reproduce_claims import Comparison, Judge, Measured, better, compare, judged, negligible
 from shoal.evaluate.reproduce_config import WAYS, Checked, ReproduceConfig, check
 from shoal.evaluate.suits import spread
-from shoal.files import write_json
+from shoal.files import replaced, write_json
 from shoal.models.convert import convert_checkpoint
 from shoal.models.memory import drop_freed
 from shoal.train.config import TuneConfig
@@ -240,7 +239,7 @@ def open_out(out: Path, settings: dict[str, Any]) -> None:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InvalidInput(f"{out} cannot be made a directory: {error.strerror}") from error
-    if any(path.name != f"{record.name}.partial" for path in out.iterdir()):
+    if any(path.name != f".{record.name}.part" for path in out.iterdir()):
         raise InvalidInput(f"{out} is not empty and holds no reproduction: choose another --out")
     write_json(record, settings)
 
@@ -249,9 +248,8 @@ def write_pairs(data: list[E2EInput], path: Path) -> Path:
     """The training data as `shoal tune` reads it: a line for each description, behind its meaning representation."""
     if not path.is_file():
         pairs = [{"prompt": one.mr, "completion": reference} for one in data for reference in one.references]
-        partial = path.with_name(f"{path.name}.partial")
-        partial.write_text("".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs), encoding="utf-8")
-        os.replace(partial, path)
+        with replaced(path) as partial:
+            partial.write_text("".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs), encoding="utf-8")
     return path
 
 
