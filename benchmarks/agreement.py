@@ -21,8 +21,9 @@ import torch
 
 from machine import conditions
 from models import random_checkpoint, random_prompts
-from report import parser, print_json, rounded, save, table
+from report import parser, print_json, rounded, save
 from shoal import Dense, Engine, Generation, Sampling, SkipDecode
+from shoal.evaluate.markdown import table
 from shoal.models.directory import SHIPPED
 
 MODEL = "shoal-e2e"

@@ -29,9 +29,10 @@ import torch
 from gates import print_gates
 from machine import Limits, conditions
 from models import random_checkpoint, random_prompts
-from report import extent, interleaved, number, paired, parser, print_json, rounded, save, spread, table
+from report import extent, interleaved, number, paired, parser, print_json, rounded, save, spread
 from served import Recorded, Served, recording
 from shoal import Dense, DepthPlan, Engine, Sampling, SkipDecode
+from shoal.evaluate.markdown import table
 
 DEPTHS = (Fraction(1), Fraction(1, 2), Fraction(1, 3), Fraction(1, 5))
 PROMPT_TOKENS = 64

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from report import extent, number, table
+from report import extent, number
+from shoal.evaluate.markdown import table
 
 DECODE_HEADER = (
     *("decode", "layers", "FLOPs", "bytes", "speedup", "min..max"),

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from report import RESULTS, load, table
+from report import RESULTS, load
+from shoal.evaluate.markdown import table
 
 OPENVINO_AT_LEAST = {1: 0.75, 8: 0.85, 32: 0.85}
 """Our dense decoding over OpenVINO's, by batch."""

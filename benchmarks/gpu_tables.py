@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from report import extent, number, table
+from report import extent, number
+from shoal.evaluate.markdown import table
 
 HEADER = (
     *("variant", "layers", "speedup", "min..max", "bound", "of bound"),

@@ -28,8 +28,9 @@ from gates import print_gates
 from machine import conditions
 from models import random_checkpoint
 from peers.client import PEERS, Absent
-from report import extent, interleaved, paired, parser, print_json, save, spread, table
+from report import extent, interleaved, paired, parser, print_json, save, spread
 from samples import absences, add_peer_options, started, workplace
+from shoal.evaluate.markdown import table
 
 WORKER = Path(__file__).with_name("resident.py")
 SIZES = (8, 64, 64)

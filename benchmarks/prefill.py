@@ -21,7 +21,7 @@ from decode_tables import notes
 from machine import Limits, conditions
 from models import random_checkpoint, random_prompts
 from peers.client import Absent, Peer
-from report import extent, interleaved, parser, print_json, rounded, save, spread, table
+from report import extent, interleaved, parser, print_json, rounded, save, spread
 from samples import (
     Sample,
     absences,
@@ -36,6 +36,7 @@ from samples import (
 )
 from served import prompt_pass
 from shoal import Dense, Engine
+from shoal.evaluate.markdown import table
 
 CASES = ((1, 64), (1, 512), (8, 64), (8, 512), (32, 64))
 """(batch, prompt tokens)."""

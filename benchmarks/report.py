@@ -73,20 +73,6 @@ def extent(of: Mapping[str, float]) -> str:
     return f"{of['min']:.2f}..{of['max']:.2f}"
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table with aligned columns, the first to the left and the others to the right."""
-    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-
-    def line(cells: Sequence[str]) -> str:
-        padded = [
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(cells, widths, strict=True))
-        ]
-        return f"| {' | '.join(padded)} |"
-
-    rule = ["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])]
-    return "\n".join([line(header), line(rule), *map(line, rows)])
-
-
 def save(benchmark: str, runs: Sequence[dict[str, Any]]) -> None:
     """Merge runs into `results/<benchmark>.json`; a run replaces the one with the same `case`."""
     path = RESULTS / f"{benchmark}.json"

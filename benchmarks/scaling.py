@@ -25,8 +25,9 @@ import torch
 
 from machine import conditions
 from models import random_checkpoint, random_prompts
-from report import interleaved, parser, print_json, rounded, save, spread, table
+from report import interleaved, parser, print_json, rounded, save, spread
 from shoal import DepthPlan, Engine, Sampling, SkipDecode
+from shoal.evaluate.markdown import table
 from shoal.models.decoder import Decoder
 
 LEAST_R_SQUARED = 0.99

@@ -24,9 +24,10 @@ import torch
 from decode import counted
 from machine import conditions, seconds
 from models import random_checkpoint, random_prompts
-from report import interleaved, paired, parser, print_json, rounded, save, spread, table
+from report import interleaved, paired, parser, print_json, rounded, save, spread
 from samples import Sample, run_shoal
 from shoal import Dense, Engine, SkipDecode
+from shoal.evaluate.markdown import table
 from shoal.models.decoder import Decoder
 from shoal.models.native.decoder import NativeDecoder
 

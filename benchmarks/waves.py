@@ -26,8 +26,9 @@ import torch
 
 from machine import conditions
 from models import random_checkpoint, random_prompts
-from report import interleaved, paired, parser, print_json, rounded, save, spread, table
+from report import interleaved, paired, parser, print_json, rounded, save, spread
 from shoal import Dense, DepthPlan, Engine, Sampling, SkipDecode
+from shoal.evaluate.markdown import table
 
 DEPTHS = (Fraction(1), Fraction(1, 2), Fraction(1, 4))
 PROMPT_TOKENS = 64

@@ -44,7 +44,8 @@ from reading_training import Progress, Recipe, train
 from shoal import Dense, Engine, Sampling, SkipDecode
 from shoal.depth.plan import DepthPlan
 from shoal.errors import InvalidInput, ShoalError
-from study import RESULTS, chosen, conditions, open_work, parser, read_json, save, table, write_json
+from shoal.evaluate.markdown import table
+from study import RESULTS, chosen, conditions, open_work, parser, read_json, save, write_json
 
 DEEP_LAYERS = 8
 DEPTHS = (1.0, 1 / 2, 3 / 8, 1 / 4)

@@ -33,13 +33,15 @@ from transformers import OPTConfig, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from shoal.errors import InvalidInput, ShoalError
+from shoal.evaluate.bootstrap import Score
 from shoal.evaluate.frontier import FrontierConfig, run_frontier
 from shoal.evaluate.frontier_result import Arm, FrontierResult
+from shoal.evaluate.markdown import table
 from shoal.evaluate.report import FILE_NAME as REPORT
 from shoal.evaluate.report import write_report
 from shoal.train.config import TuneConfig
 from shoal.train.tune import tune
-from study import RESULTS, chosen, conditions, open_work, parser, read_json, save, table, write_json
+from study import RESULTS, chosen, conditions, open_work, parser, read_json, save, write_json
 
 READ, WRITTEN = 64, 192
 """Tokens of a window that are the prompt, and that follow."""
@@ -233,7 +235,7 @@ def band_loss(arm: Arm, first: int, end: int) -> float:
 
 def shown(score: dict[str, float] | None, sign: str = "") -> str:
     """A loss with its interval."""
-    return "" if score is None else f"{score['value']:{sign}.3f} [{score['low']:{sign}.3f}, {score['high']:{sign}.3f}]"
+    return "" if score is None else f"{Score(**score):{sign}.3f}"
 
 
 def describe(result: dict[str, Any]) -> str:

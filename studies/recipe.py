@@ -38,10 +38,11 @@ from shoal.depth.policies import policy_at
 from shoal.depth.routers import load_router
 from shoal.errors import InvalidInput, ShoalError
 from shoal.evaluate.e2e import E2EInput, read_e2e
+from shoal.evaluate.markdown import table
 from shoal.models.checkpoint import load_tokenizer
 from shoal.train.config import TuneConfig
 from shoal.train.tune import tune
-from study import Clock, chosen, open_work, pack, parser, read_json, save, table, unpack, write_json
+from study import Clock, chosen, open_work, pack, parser, read_json, save, unpack, write_json
 
 SPLITS = {"dev": "devset.csv.gz", "test": "testset_w_refs.csv.gz"}
 RATES = (1e-3, 3e-4)

@@ -11,8 +11,9 @@ from recipe_arms import BUDGETS, arms, name_of
 from recipe_measure import CALM_BATCH
 from shoal.evaluate.bootstrap import Score, Statistics, quotient
 from shoal.evaluate.e2e import E2EInput
+from shoal.evaluate.markdown import table
 from shoal.evaluate.text import bleu_of
-from study import conditions, read_json, table
+from study import conditions, read_json
 
 
 def summarise(work: Path, split: str, inputs: list[E2EInput]) -> dict[str, Any]:
@@ -122,7 +123,7 @@ def rounded(score: Score) -> dict[str, float]:
 
 def shown(score: dict[str, float] | None) -> str:
     """A score in a table."""
-    return "" if score is None else f"{score['value']:.1f} [{score['low']:.1f}, {score['high']:.1f}]"
+    return "" if score is None else f"{Score(**score):.1f}"
 
 
 def verdict(budget: dict[str, Any]) -> str:
@@ -178,15 +179,11 @@ CLAIMS = {
 def claims_said(found: dict[str, list[dict[str, Any]]]) -> str:
     """The comparisons in a sentence."""
     parts = [
-        f"{CLAIMS[other]}: " + ", ".join(f"{signed(one['bleu'])} at {name_of(one['depth'])}" for one in differences)
+        f"{CLAIMS[other]}: "
+        + ", ".join(f"{Score(**one['bleu']):+.1f} at {name_of(one['depth'])}" for one in differences)
         for other, differences in found.items()
     ]
     return f"SkipDecode (`any`), BLEU minus that of {'; of '.join(parts)} (paired)."
-
-
-def signed(score: dict[str, float]) -> str:
-    """A difference in a sentence."""
-    return f"{score['value']:+.1f} [{score['low']:+.1f}, {score['high']:+.1f}]"
 
 
 def listed(some: list[dict[str, Any]]) -> str:

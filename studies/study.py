@@ -138,15 +138,3 @@ class Clock:
         now = time.perf_counter()
         self.seconds, self.last = self.seconds + now - self.last, now
         write_json(self.path, round(self.seconds, 3))
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table with aligned columns, the first to the left and the others to the right."""
-    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-
-    def line(cells: Sequence[str]) -> str:
-        sides = [str.ljust, *[str.rjust] * (len(cells) - 1)]
-        return f"| {' | '.join(side(cell, w) for side, cell, w in zip(sides, cells, widths, strict=True))} |"
-
-    rule = ["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])]
-    return "\n".join([line(header), line(rule), *map(line, rows)])

@@ -22,10 +22,11 @@ from shoal.depth.policies import POLICIES
 from shoal.errors import InvalidInput, ShoalError
 from shoal.evaluate.bootstrap import Statistics
 from shoal.evaluate.e2e import read_e2e
+from shoal.evaluate.markdown import table
 from shoal.evaluate.rank_correlation import rank_correlation
 from shoal.evaluate.suits import SuitsConfig, suits
 from shoal.evaluate.text import bleu_of
-from study import conditions, parser, read_json, save, table
+from study import conditions, parser, read_json, save
 
 EXAMPLES = 64
 """That `suits` measures on."""

@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from shoal.cli import options
 from shoal.cli.options import option
+from shoal.cli.progress import stages
 from shoal.evaluate.frontier_result import FrontierResult, Spent
 
 
@@ -79,9 +79,9 @@ def frontier(
         dense_models=tuple(dense_model or ()),
         task=task,
         data=data,
-        metrics=None if metric is None else names(metric),
-        policies=names(policies),
-        depths=tuple(options.parse_depth(depth) for depth in names(depths)),
+        metrics=None if metric is None else options.names(metric),
+        policies=options.names(policies),
+        depths=tuple(options.parse_depth(depth) for depth in options.names(depths)),
         limit=limit,
         max_new_tokens=max_new_tokens,
         horizon=horizon,
@@ -94,25 +94,7 @@ def frontier(
     )
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # the bar of loading weights
     console = Console(stderr=True)
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-        transient=True,
-    ) as progress:
-        bar = progress.add_task("loading", total=None)
-        shown = ""
-
-        def show(what: str, done: int, total: int) -> None:
-            nonlocal shown
-            progress.update(bar, description=what, completed=done, total=total)
-            if what != shown and not console.is_terminal:
-                console.print(what, highlight=False)
-            shown = what
-
+    with stages(console) as show:
         result = run_frontier(config, out, report=show)
     figure = out / "frontier.png"
     plot_frontier(result, figure)
@@ -123,15 +105,6 @@ def frontier(
     for refused in result.refused:
         console.print(f"not run: {refused.name}: {refused.reason}", highlight=False, markup=False)
     console.print(f"{out / 'frontier.json'}, {figure}", highlight=False)
-
-
-def names(listed: str) -> tuple[str, ...]:
-    """The names in a list with commas; none of them twice.
-
-    >>> names("skipdecode, unified,")
-    ('skipdecode', 'unified')
-    """
-    return tuple(dict.fromkeys(name.strip() for name in listed.split(",") if name.strip()))
 
 
 def summary_table(result: FrontierResult) -> Table:

@@ -23,6 +23,15 @@ def parse_depth(text: str) -> float:
     return depth
 
 
+def names(listed: str) -> tuple[str, ...]:
+    """The names in a list with commas; none of them twice.
+
+    >>> names("skipdecode, unified,")
+    ('skipdecode', 'unified')
+    """
+    return tuple(dict.fromkeys(name.strip() for name in listed.split(",") if name.strip()))
+
+
 Model = Annotated[
     str,
     typer.Argument(help="A checkpoint directory, a hub id, or shoal-e2e, the model that ships with Shoal."),

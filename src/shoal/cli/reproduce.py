@@ -7,11 +7,10 @@ from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from shoal.cli import options
-from shoal.cli.frontier import names
 from shoal.cli.options import option
+from shoal.cli.progress import stages
 
 
 def reproduce(
@@ -57,7 +56,7 @@ def reproduce(
     config = ReproduceConfig(
         model=model,
         data=data,
-        depths=tuple(options.parse_depth(depth) for depth in names(depths)),
+        depths=tuple(options.parse_depth(depth) for depth in options.names(depths)),
         epochs=epochs,
         steps=steps,
         learning_rate=lr,
@@ -72,25 +71,7 @@ def reproduce(
     )
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # the bar of loading weights
     console = Console(stderr=True)
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-        transient=True,
-    ) as progress:
-        bar = progress.add_task("checking", total=None)
-        shown = ""
-
-        def show(what: str, done: int, total: int) -> None:
-            nonlocal shown
-            progress.update(bar, description=what, completed=done, total=total)
-            if what != shown and not console.is_terminal:
-                console.print(f"{what} ({done}/{total})", highlight=False)
-            shown = what
-
+    with stages(console) as show:
         result = reproduction.reproduce(config, out, report=show)
     print(describe(result))
     console.print(

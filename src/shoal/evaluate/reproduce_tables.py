@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from shoal.evaluate.markdown import table
 from shoal.evaluate.winners import number, written
 
 SAVINGS = ("mean_layers", "flops", "bytes", "seconds")
@@ -103,16 +104,3 @@ def share(spent: Mapping[str, float | None]) -> str:
     """A share of the dense model's, in percent."""
     of_dense = spent["of_dense"]
     return "-" if of_dense is None else f"{100 * of_dense:.0f}%"
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table with aligned columns, the first to the left and the others to the right."""
-    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-
-    def line(cells: Sequence[str]) -> str:
-        sides = [str.ljust, *[str.rjust] * (len(cells) - 1)]
-        return f"| {' | '.join(side(cell, w) for side, cell, w in zip(sides, cells, widths, strict=True))} |"
-
-    return "\n".join(
-        [line(header), line(["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])]), *map(line, rows)]
-    )
