@@ -26,7 +26,7 @@ from gates import print_gates
 from machine import Limits, conditions
 from models import random_checkpoint, random_prompts
 from peers.client import Absent, Peer
-from report import interleaved, paired, parser, print_json, rounded, save, spread
+from report import interleaved, load, paired, parser, print_json, rounded, save, spread
 from samples import (
     Sample,
     absences,
@@ -147,6 +147,14 @@ def measure_batch(
     return run, {label: timed[0].tokens for label, timed in ours.items()}
 
 
+def with_earlier_peers(run: dict[str, Any]) -> dict[str, Any]:
+    """The run, and the peers that an earlier run of its case had and it did not: their ratios stand, as of that run."""
+    earlier = next((kept for kept in load("decode") if kept["case"] == run["case"]), None)
+    measured = {row["peer"] for row in run["peers"]}
+    kept = [] if earlier is None else [row for row in earlier["peers"] if row["peer"] not in measured]
+    return {**run, "peers": [*run["peers"], *({**row, "earlier_run": True} for row in kept)]}
+
+
 def counted(cost: PlanCost, dense: PlanCost, *, prompt_tokens: int, new_tokens: int, batch: int) -> dict[str, float]:
     """The savings that are counted, not timed: mean layers, and how many times fewer FLOPs and bytes than dense."""
     return {
@@ -180,7 +188,7 @@ def main() -> None:
                 for run in measure(name, dtype, exact, chosen, directory):
                     print(describe(run), end="\n\n", flush=True)
                     if chosen.save:
-                        save("decode", [run])
+                        save("decode", [with_earlier_peers(run)])
                     runs.append(run)
                 gc.collect()  # the engine goes before the next one comes
     if chosen.gates:

@@ -157,10 +157,16 @@ def peer_summary(runs: Sequence[dict[str, Any]]) -> list[str]:
                 *(beside(found[name]) if name in found else "-" for name in names),
             ]
         )
-    return [table(["model", "dtype", "batch", "dense tokens/s", *names], rows), *notes(runs)]
+    apart = any(row.get("earlier_run") for run in measured for row in run["peers"])
+    dagger = (
+        ["† beside us in an earlier run than the row's other numbers: compare its ratios, not its tokens/s."]
+        if apart
+        else []
+    )
+    return [table(["model", "dtype", "batch", "dense tokens/s", *names], rows), *dagger, *notes(runs)]
 
 
 def beside(row: dict[str, Any]) -> str:
-    """A peer's tokens/s; in brackets our speed over it, dense and at depth 1/2."""
+    """A peer's tokens/s; in brackets our speed over it, dense and at depth 1/2; a dagger where its run is an earlier one."""
     dense, half = (row["over"][label]["decode"]["median"] for label in ("dense", "depth 1/2"))
-    return f"{row['decode_tokens_per_s']:.0f} ({dense:.2f}, {half:.2f})"
+    return f"{row['decode_tokens_per_s']:.0f}{'†' if row.get('earlier_run') else ''} ({dense:.2f}, {half:.2f})"

@@ -76,7 +76,7 @@ def extent(of: Mapping[str, float]) -> str:
 def save(benchmark: str, runs: Sequence[dict[str, Any]]) -> None:
     """Merge runs into `results/<benchmark>.json`; a run replaces the one with the same `case`."""
     path = RESULTS / f"{benchmark}.json"
-    kept = load(benchmark) if path.is_file() else []
+    kept = load(benchmark)
     cases = [run["case"] for run in runs]
     merged = [*(run for run in kept if run["case"] not in cases), *runs]
     merged.sort(key=lambda run: list(run["case"].values()))
@@ -86,8 +86,11 @@ def save(benchmark: str, runs: Sequence[dict[str, Any]]) -> None:
 
 
 def load(benchmark: str) -> list[dict[str, Any]]:
-    """The runs in `results/<benchmark>.json`."""
-    runs: list[dict[str, Any]] = json.loads((RESULTS / f"{benchmark}.json").read_text(encoding="utf-8"))["runs"]
+    """The runs in `results/<benchmark>.json`; none where there is no such file."""
+    path = RESULTS / f"{benchmark}.json"
+    if not path.is_file():
+        return []
+    runs: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["runs"]
     return runs
 
 
