@@ -92,11 +92,26 @@ def scaling_gates(run: dict[str, Any]) -> Iterator[Gate]:
     yield Gate(what="time per step linear in layers, R²", case=run["case"], value=worst, at_least=0.99)
 
 
+def drafting_gates(run: dict[str, Any]) -> Iterator[Gate]:
+    """What can be copied is; what cannot costs nothing; and tokens are the same."""
+    case, rows = run["case"], {row["draft"]: row for row in run["variants"] if row["draft"] != "none"}
+    if (case["text"], case["batch"]) == ("edit", 1):
+        best = max(rows[name]["speedup"]["median"] for name in ("ngram", "suffix"))
+        yield Gate(what="n-gram or suffix, edited text", case=case, value=best, at_least=1.8)
+    if case["text"] == "free":
+        worst = max(row["draft_share"]["median"] for row in rows.values())
+        yield Gate(what="drafting's share of a step when it is off", case=case, value=worst, at_most=0.03)
+    left_to_the_engine = [row for name, row in rows.items() if "tokens" not in name]
+    worst = min(row["speedup"]["max"] for row in left_to_the_engine)
+    yield Gate(what="no draft slower: largest of 5 ratios, worst draft", case=case, value=worst, at_least=1)
+
+
 GATES: dict[str, Callable[[dict[str, Any]], Iterator[Gate]]] = {
     "decode": decode_gates,
     "clocks": clocks_gates,
     "memory": memory_gates,
     "scaling": scaling_gates,
+    "drafting": drafting_gates,
 }
 HEADER = ("gate", "case", "measured", "wanted", "")
 

@@ -47,6 +47,7 @@ MODELS: dict[str, PreTrainedConfig] = {
         max_position_embeddings=512,
         **_NO_EOS,
     ),
+    "OPT-125M-2": OPTConfig(**_NO_EOS, num_hidden_layers=2),
     "OPT-quick": OPTConfig(
         hidden_size=32,
         word_embed_proj_dim=32,
@@ -68,7 +69,8 @@ MODELS: dict[str, PreTrainedConfig] = {
     ),
 }
 """Shapes by name. OPT-125M is 12 x 768 with a vocabulary of 50,272, Llama-300M 24 x 1024 with 32,000, Llama-500M 22 x 1280 with
-32,000 (1 GB in bfloat16), OPT-10M 12 x 256 with 2,048 (the shape of the model that ships with Shoal); the quick ones only show that
+32,000 (1 GB in bfloat16), OPT-125M-2 is OPT-125M with 2 layers, OPT-10M 12 x 256 with 2,048 (the shape of the
+model that ships with Shoal); the quick ones only show that
 a benchmark runs. No token ends a completion."""
 
 

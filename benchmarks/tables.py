@@ -15,6 +15,7 @@ from typing import Any
 import agreement
 import clocks
 import decode_tables
+import drafting
 import gates
 import memory
 import prefill
@@ -39,6 +40,7 @@ SUMMARIES: dict[str, Callable[[list[dict[str, Any]]], str]] = {
     "scaling": each(scaling.describe),
     "short_requests": each(short_requests.describe),
     "agreement": each(agreement.describe),
+    "drafting": each(drafting.describe),
 }
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import deep_reading
 import long_outputs
 import recipe_table
+import self_drafting
 import suits_order
 from shoal.evaluate import reproduce_tables
 from study import RESULTS, read_json
@@ -25,6 +26,7 @@ DESCRIBE = {
     "deep_reading": deep_reading.describe,
     "long_outputs": long_outputs.describe,
     "suits_order": suits_order.describe,
+    "self_drafting": self_drafting.describe,
     "reproduction": reproduce_tables.describe,
 }
 

@@ -115,3 +115,16 @@ def test_agreement_counts_tokens_before_the_first_difference() -> None:
 def test_the_tables_are_those_of_the_results() -> None:
     done = subprocess.run([sys.executable, str(BENCHMARKS / "tables.py"), "--check"], check=False)
     assert done.returncode == 0, "run: python benchmarks/tables.py"
+
+
+def test_drafting_emits_the_same_tokens() -> None:
+    runs = run("drafting.py", "--gates", "--dtype", "float32")
+    assert [one["case"]["text"] for one in runs] == ["edit", "free", "greedy"]
+    for one in runs:
+        rows = {row["draft"]: row for row in one["variants"]}
+        assert rows.keys() == {"none", "ngram", "suffix", "trigram", "auto", "self", "small model"}
+        assert all(row["same_tokens"] == 1 for row in rows.values())
+        assert all({"speedup", "acceptance", "draft_share", "tokens_per_pass", "off"} <= row.keys() for row in rows.values())
+    edited = {row["draft"]: row for row in runs[0]["variants"]}
+    assert edited["suffix"]["tokens_per_pass"] > 1.5
+    assert edited["suffix"]["acceptance"] > 0.5

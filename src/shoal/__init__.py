@@ -10,6 +10,7 @@ from shoal.depth.plan import Dense, DepthPlan
 from shoal.depth.routers import load_router
 from shoal.depth.skipdecode import SkipDecode
 from shoal.depth.unified import UnifiedSkip
+from shoal.draft.drafter import Drafter
 from shoal.engine.engine import Engine
 from shoal.engine.ledger import Ledger
 from shoal.engine.request import Chunk, Generation
@@ -32,5 +33,7 @@ __all__ = [
     "fit_horizon",
     "load_router",
 ]
+
+Engine.make_drafter = Drafter  # the engine knows no proposers, and they know the engine: they meet here
 
 __version__ = version("shoal")

@@ -3,6 +3,7 @@
     ShoalError
     ├── InvalidInput (ValueError)      a value given by the user is outside what is allowed
     │   ├── InvalidPlan                a depth plan or policy that this model cannot run
+    │   ├── InvalidDraft               a way to draft that this engine does not have or that does not fit the model
     │   ├── InvalidPrompt              empty, too long, not text
     │   └── CacheBudgetExceeded        a request that cannot fit the KV cache budget, even alone
     ├── CheckpointError                a checkpoint that cannot be read
@@ -31,6 +32,10 @@ class InvalidInput(ShoalError, ValueError):
 
 class InvalidPlan(InvalidInput):
     """A depth plan or policy does not fit the model."""
+
+
+class InvalidDraft(InvalidInput):
+    """A way to draft is unknown or does not fit the model."""
 
 
 class InvalidPrompt(InvalidInput):

@@ -62,6 +62,25 @@ def test_the_file_holds_what_the_engine_returns(checkpoint: Path, prompts: Path,
     assert not result.stdout
 
 
+def test_drafting_changes_passes_and_nothing_else(checkpoint: Path, prompts: Path, tmp_path: Path) -> None:
+    plain, drafted = tmp_path / "plain.jsonl", tmp_path / "drafted.jsonl"
+    options = ["--max-new-tokens", "40", "--ignore-eos", "--token-ids"]
+    assert shoal(checkpoint, prompts, "-o", plain, *options).exit_code == 0
+    result = shoal(checkpoint, prompts, "-o", drafted, *options, "--draft", "suffix")
+    assert result.exit_code == 0, result.output
+    assert "Drafting: " in result.stderr
+    assert "tokens per pass" in result.stderr
+    for one, other in zip(read(plain), read(drafted), strict=True):
+        assert one["token_ids"] == other["token_ids"]
+        drafting = other["drafting"]
+        assert 0 <= drafting["accepted"] <= drafting["drafted"]
+        assert drafting["passes"] <= one["usage"]["new_tokens"] - 1
+        assert "drafting" not in one
+    result = shoal(checkpoint, prompts, "-o", tmp_path / "no.jsonl", "--draft", "sufix")
+    assert result.exit_code == 2
+    assert "draft must be one of auto, self, ngram, suffix, trigram" in result.stderr
+
+
 def test_other_policies_and_what_decides_a_resume(checkpoint: Path, prompts: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     result = shoal(checkpoint, prompts, "-o", out, "--policy", "unified", "--depth", "1/2", "--max-new-tokens", "9")

@@ -1,4 +1,4 @@
-"""Slots, blocks and the queue under random sequences of requests that come, finish, are cancelled, late, or fail.
+"""Slots, blocks and the queue under random sequences of requests that come, draft, finish, are cancelled, late, or fail.
 
 Integers alone: in place of the decoder stands a function that computes nothing and checks every read against every write.
 """
@@ -6,7 +6,7 @@ Integers alone: in place of the decoder stands a function that computes nothing 
 from __future__ import annotations
 
 import random
-from collections import Counter
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 
 import pytest
@@ -23,6 +23,9 @@ from shoal.depth.shape import ModelShape
 from shoal.engine import engine as engine_module
 from shoal.engine import runner as runner_module
 from shoal.engine.cache import KVCache
+from shoal.engine.drafting import MAX_DRAFT_TOKENS, Draft, DraftRow
+from shoal.engine.request import Request
+from shoal.engine.slots import future_blocks
 from shoal.errors import CacheBudgetExceeded
 from shoal.models.passes import LayerWork, Pass
 from shoal.models.weights import DecoderConfig
@@ -44,40 +47,81 @@ class NoDecoder:
         )  # fmt: skip
         self.dtype, self.device = torch.float32, torch.device("cpu")
         self.rng = random.Random(0)
-        self.written: Counter[tuple[int, int]] = Counter()
+        self.engine: Engine | None = None
+        self.written: dict[tuple[int, int], list[int]] = {}
         self.num_tokens: list[int] = []
 
     def __call__(self, work: Pass, cache: KVCache) -> Tensor:
         cache.check_integrity()
         self.num_tokens.append(len(work.token_ids))
         for index, layer in enumerate(work.layers):
-            for slot, position in zip(*self.tokens_of(layer), strict=True):
+            for slot, position, token in zip(*self.tokens_of(layer, work.token_ids.tolist()), strict=True):
                 place = (index, slot)
-                # Position 0 begins a request. Each later position follows the one before, so that all it reads exists.
-                assert position in (0, self.written[place]), (
-                    f"{place} reads {position} of {self.written[place]} written"
-                )
-                self.written[place] = position + 1
+                # What it reads is there, and is the request's own: not of a request before it, not of a draft taken back.
+                cached = self.written.setdefault(place, [])
+                del cached[position:]
+                assert len(cached) == position, f"{place} reads {position} positions of {len(cached)} written"
+                assert self.engine is not None
+                request = self.engine.runner.slots[slot]
+                known = [*request.prompt, *request.output]
+                assert cached[: len(known)] == known[: len(cached)], f"{place} reads tokens that are not its request's"
+                cached.append(token)
                 assert blocks(position + 1) <= cache.num_blocks[slot, index], f"{place} holds too few blocks"
                 assert position < cache.max_positions
         logits = torch.zeros(len(work.logit_tokens), VOCAB)
         for row, token in enumerate(work.token_ids[work.logit_tokens].tolist()):
-            logits[row, EOS if self.rng.random() < 0.03 else self.rng.randrange(POISON)] = 1
+            likely = (token + 1) % POISON if self.rng.random() < 0.7 else self.rng.randrange(POISON)
+            logits[row, EOS if self.rng.random() < 0.03 else likely] = 1
             if token == POISON:
                 logits[row] = torch.nan
         return logits
 
     @staticmethod
-    def tokens_of(layer: LayerWork | None) -> tuple[list[int], list[int]]:
+    def tokens_of(layer: LayerWork | None, token_ids: list[int]) -> tuple[list[int], list[int], list[int]]:
         if layer is None:
-            return [], []
-        slots, positions = [], []
+            return [], [], []
+        slots: list[int] = []
+        positions: list[int] = []
         for first, count, slot, start in layer.spans.tolist():
             assert first == len(slots), "spans must cover the active tokens in order"
             slots += [slot] * count
             positions += range(start, start + count)
         assert len(slots) == layer.num_tokens
-        return slots, positions
+        chosen = range(layer.num_tokens) if layer.select is None else layer.select.tolist()
+        return slots, positions, [token_ids[token] for token in chosen]
+
+
+class RandomDrafter:
+    """Drafts what is likely, errs at times, and does not always draft."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self.rng = rng
+        self.running: set[int] = set()
+
+    def resolve(self, draft: object) -> object:
+        return draft
+
+    def propose(self, rows: Sequence[DraftRow], tokens: Mapping[int, int], room: int) -> dict[int, Draft]:
+        drafts = {}
+        for row in rows:
+            self.running.add(row.request.request_id)
+            count = min(self.rng.choice([0, 1, 2, 5, 32]), row.most, room)
+            room -= count
+            if count:
+                last = row.request.output[-1]
+                drafted = [(last + 1 + step) % POISON for step in range(count)]
+                drafted[self.rng.randrange(count)] = self.rng.randrange(POISON)
+                drafts[row.slot] = Draft(tokens=tuple(drafted))
+        return drafts
+
+    def why_not(self, request: Request) -> str | None:
+        return None
+
+    def committed(self, request: Request, draft: Draft | None, token_ids: Sequence[int]) -> None:
+        pass
+
+    def ended(self, request: Request) -> None:
+        self.running.discard(request.request_id)
 
 
 class Bookkeeping(RuleBasedStateMachine):
@@ -99,6 +143,8 @@ class Bookkeeping(RuleBasedStateMachine):
         gib = budget_blocks * 16 * 2 * 4 * 4 / 2**30
         self.engine = Engine(self.decoder, max_batch=max_batch, max_pass_tokens=self.max_pass_tokens, cache_gib=gib)  # type: ignore[arg-type]
         assert self.engine.runner.cache.budget_blocks == budget_blocks
+        self.decoder.engine = self.engine
+        self.engine.runner.drafter = self.drafter = RandomDrafter(self.rng)
         self.now = 0.0
         self.patch = pytest.MonkeyPatch()
         clock = SimpleNamespace(monotonic=lambda: self.now, perf_counter=lambda: self.now)
@@ -115,19 +161,26 @@ class Bookkeeping(RuleBasedStateMachine):
         max_new_tokens=st.integers(1, 40),
         timeout_s=st.none() | st.integers(1, 30),
         poisoned=st.sampled_from([False] * 7 + [True]),
+        draft=st.sampled_from([None, "random"]),
     )
-    def submit(self, prompt_tokens: int, max_new_tokens: int, timeout_s: int | None, poisoned: bool) -> None:
+    def submit(
+        self, prompt_tokens: int, max_new_tokens: int, timeout_s: int | None, poisoned: bool, draft: str | None
+    ) -> None:
         plan = random_plan(self.rng, NUM_LAYERS, prompt_tokens=prompt_tokens, max_new_tokens=max_new_tokens)
-        prompt = [0] * (prompt_tokens - 1) + [POISON if poisoned else 1]
+        prompt = [self.rng.randrange(POISON) for _ in range(prompt_tokens - 1)] + [POISON if poisoned else 1]
         needed = plan.cost(SHAPE, prompt_tokens=prompt_tokens, new_tokens=max_new_tokens).peak_cache_blocks
+        if draft:
+            ahead = future_blocks(plan, prompt_tokens, max_new_tokens, MAX_DRAFT_TOKENS)
+            assert ahead[0] >= needed
+            needed = int(ahead[0])
         ask = Sampling(max_new_tokens=max_new_tokens)
         if needed > self.budget_blocks:
             with pytest.raises(
                 CacheBudgetExceeded, match=f"need {needed} cache blocks .* budget is {self.budget_blocks}"
             ):
-                self.engine.add(prompt, ask, plan)
+                self.engine.add(prompt, ask, plan, draft=draft)
             return
-        (request_id,) = self.engine.add(prompt, ask, plan, timeout_s=timeout_s)
+        (request_id,) = self.engine.add(prompt, ask, plan, draft=draft, timeout_s=timeout_s)
         self.plans[request_id] = (plan, prompt_tokens)
         self.may_be[request_id] = {"error"} if poisoned else {"stop", "length"}
         if timeout_s is not None:
@@ -212,6 +265,7 @@ class Bookkeeping(RuleBasedStateMachine):
             allowed = self.may_be[request_id] | ({"timeout"} if request_id in self.deadlines else set())
             # A request that is cancelled or late in its last pass may have ended before anyone looked.
             assert generation.finish_reason in allowed, (request_id, generation)
+        assert not self.drafter.running
         cache = self.engine.runner.cache
         assert cache.blocks_in_use == 0
         assert sorted(cache.free_slots) == list(range(cache.num_slots))

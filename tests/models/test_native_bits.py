@@ -59,7 +59,7 @@ def decode_pass(slots: list[int], shape: ModelShape) -> Pass:
     rows = Rows(
         slots=np.array(slots), starts=np.array([7 * slot % 64 for slot in slots]), num_tokens=np.ones_like(slots), served=served
     )  # fmt: skip
-    return build_pass(rows, [11 * slot % 256 for slot in slots], np.ones(len(slots), dtype=bool))
+    return build_pass(rows, [11 * slot % 256 for slot in slots], np.ones(len(slots), dtype=np.int64))
 
 
 def test_any_number_of_rows(decoder: Executor) -> None:
@@ -83,7 +83,7 @@ def test_any_chunks_of_a_prompt(decoder: Executor) -> None:
             count = np.array([end - start])
             served = np.repeat(count[None], shape.num_layers, axis=1)
             rows = Rows(slots=np.array([3]), starts=np.array([start]), num_tokens=count, served=served)
-            one = build_pass(rows, tokens[start:end], np.array([True]))
+            one = build_pass(rows, tokens[start:end], np.array([1]))
             logits.append(decoder(replace(one, logit_tokens=np.arange(end - start)), caches).clone())
         return torch.cat(logits), caches
 

@@ -141,7 +141,7 @@ class LayerwiseDecoder:
         num_tokens = np.array([len(row) for row in token_ids], dtype=np.int64)
         served = np.repeat(num_tokens[:, None], self.num_layers, axis=1)
         rows = Rows(slots=slots, starts=starts, num_tokens=num_tokens, served=served)
-        return build_pass(rows, [token for row in token_ids for token in row], np.ones(len(slots), dtype=bool))
+        return build_pass(rows, [token for row in token_ids for token in row], np.ones(len(slots), dtype=np.int64))
 
     def states(self, work: Pass, cache: LayerCaches) -> Iterator[Tensor]:
         """The states [N, d] of a pass before the first layer and after each: L + 1 times the same tensor, changed in place.

@@ -68,6 +68,15 @@ def generate(
     warmup_layers: options.WarmupLayers = None,
     clock: options.Clock = "generated",
     prompt_layers: options.PromptLayers = "all",
+    draft: Annotated[
+        str | None,
+        option(
+            "Drafting",
+            "Propose tokens cheaply and verify them; completions stay the same. auto, self, ngram, suffix, trigram, "
+            "or a smaller checkpoint with the same tokenizer.",
+            metavar="NAME",
+        ),
+    ] = None,
     max_new_tokens: Annotated[int, option("Sampling", "Most tokens to emit, end of sequence included.")] = 64,
     min_new_tokens: Annotated[int, option("Sampling", "Tokens to emit before the end is allowed.")] = 0,
     temperature: Annotated[float, option("Sampling", "0 is greedy.")] = 0.0,
@@ -99,6 +108,8 @@ def generate(
     shoal generate shoal-e2e prompts.jsonl -o completions.jsonl --depth 1/2
 
     head -1 prompts.txt | shoal generate shoal-e2e - -o - --depth 1/3
+
+    shoal generate shoal-e2e prompts.jsonl -o completions.jsonl --draft auto
     """
     policy = options.depth_policy(
         policy=policy_name,
@@ -159,7 +170,9 @@ def generate(
         first = completions.num_written
         if first:
             console.print(f"{first} of {len(lines)} prompts are done already", highlight=False)
-        run_todo = partial(run_prompts, engine, lines, sampling, first=first, timeout_s=timeout_s, console=console)
+        run_todo = partial(
+            run_prompts, engine, lines, sampling, first=first, timeout_s=timeout_s, draft=draft, console=console
+        )
 
         def write(done: Generation) -> None:
             if done.finish_reason != "timeout":
@@ -229,7 +242,7 @@ def how_far(why: str, num_written: int, num_prompts: int, out: str) -> Text:
 def record(done: Generation, *, token_ids: bool) -> dict[str, Any]:
     """What the output says of a completion, beside the fields of its prompt."""
     ledger = done.ledger
-    flops = ledger.prompt_flops + ledger.decode_flops
+    flops = ledger.prompt_flops + ledger.decode_flops + ledger.draft_flops
     fields: dict[str, Any] = {"completion": done.text}
     if token_ids:
         fields["token_ids"] = list(done.token_ids)
@@ -242,6 +255,13 @@ def record(done: Generation, *, token_ids: bool) -> dict[str, Any]:
     if done.error is not None:
         fields["error"] = done.error
     fields["past_horizon"] = done.past_horizon
+    if done.drafting is not None:
+        fields["drafting"] = {
+            "drafted": done.drafting.drafted,
+            "accepted": done.drafting.accepted,
+            "passes": ledger.decode_steps,
+            "off": done.drafting.off,
+        }
     fields["usage"] = {
         "prompt_tokens": ledger.prompt_tokens,
         "new_tokens": ledger.new_tokens,
@@ -257,14 +277,17 @@ def record(done: Generation, *, token_ids: bool) -> dict[str, Any]:
 def report(console: Console, run: RunCost, dense: RunCost | None) -> None:
     """The end of a run: what it cost, and what the user should know about it."""
     stats, new_tokens = run.stats, run.ledger.new_tokens
+    seconds = stats.prompt_s + run.decode_s
     console.print(
-        f"{run.num_requests} completions, {new_tokens} tokens in {stats.prompt_s + stats.decode_s:.1f} s "
-        f"({new_tokens / max(1e-9, stats.prompt_s + stats.decode_s):.0f} tokens/s), "
+        f"{run.num_requests} completions, {new_tokens} tokens in {seconds:.1f} s "
+        f"({new_tokens / max(1e-9, seconds):.0f} tokens/s), "
         f"peak cache {quantity(stats.peak_cache_bytes, 'B')}",
         highlight=False,
     )
     console.print(savings_table(run, dense))
-    if dense is not None and run.stats.decode_s:
+    if run.drafting.passes or run.drafting.passes_without:
+        console.print(drafting_line(run), highlight=False)
+    if dense is not None and run.decode_s:
         console.print(
             f"Speedup over every layer, per token: {dense.decode_s_per_token / run.decode_s_per_token:.2f}x decode, "
             f"{dense.total_s_per_token / run.total_s_per_token:.2f}x whole request (one run of each, not repeated: "
@@ -281,6 +304,20 @@ def report(console: Console, run: RunCost, dense: RunCost | None) -> None:
             f"[bold red]{run.num_failed} of {run.num_requests} completions failed[/]: their lines have an `error`.",
             highlight=False,
         )
+
+
+def drafting_line(run: RunCost) -> str:
+    """What drafting did, and why it was off where it was."""
+    done, steps = run.drafting, max(1, run.ledger.decode_steps)
+    line = f"Drafting: {run.ledger.decode_passes / steps:.2f} tokens per pass"
+    if done.acceptance is not None:
+        line += f", {done.accepted} of {done.drafted} drafted tokens accepted ({100 * done.acceptance:.0f}%)"
+    if done.off:
+        line += f"; off in {done.passes_without} of {steps} passes: "
+        line += ", ".join(
+            f"{reason} ({count})" for reason, count in sorted(done.off.items(), key=lambda item: -item[1])
+        )
+    return line + "."
 
 
 def read_lengths(path: Path, model: str, *, revision: str | None, token: str | None) -> list[int]:

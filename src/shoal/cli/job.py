@@ -15,7 +15,7 @@ from shoal.engine.engine import Engine
 from shoal.engine.request import Generation
 from shoal.engine.run_cost import RunCost
 from shoal.engine.sampling import Sampling
-from shoal.errors import InvalidPlan, ShoalError
+from shoal.errors import InvalidDraft, InvalidPlan, ShoalError
 
 
 def run_prompts(
@@ -26,6 +26,7 @@ def run_prompts(
     *,
     first: int = 0,
     timeout_s: float | None = None,
+    draft: str | None = None,
     on_finish: Callable[[Generation], None] | None = None,
     console: Console,
     label: str,
@@ -39,8 +40,8 @@ def run_prompts(
     for index, line in enumerate(prompts[first:], start=first):
         its_own = replace(sampling, seed=(sampling.seed + index) % 2**64)
         try:
-            engine.add(line.prompt, its_own, policy, index=index, timeout_s=timeout_s, streaming=False)
-        except InvalidPlan:
+            engine.add(line.prompt, its_own, policy, draft=draft, index=index, timeout_s=timeout_s, streaming=False)
+        except (InvalidPlan, InvalidDraft):
             raise
         except ShoalError as error:
             refused.append((line.line, error))

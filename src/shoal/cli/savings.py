@@ -31,6 +31,7 @@ def savings_table(run: RunCost, dense: RunCost | None = None) -> Table:
             ]
         table.add_row(*cells)
 
+    decode_flops, decode_bytes = ledger.decode_flops + ledger.draft_flops, stats.decode_bytes + stats.draft_bytes
     passes = max(1, ledger.decode_passes)
     consumed = max(1, ledger.prompt_tokens + ledger.decode_passes)
     dense_layer_tokens = ledger.dense_prompt_layer_tokens + ledger.dense_decode_layer_tokens
@@ -41,13 +42,13 @@ def savings_table(run: RunCost, dense: RunCost | None = None) -> Table:
     )
     row(
         "FLOPs",
-        (ledger.decode_flops, ledger.dense_decode_flops),
-        (ledger.prompt_flops + ledger.decode_flops, ledger.dense_prompt_flops + ledger.dense_decode_flops),
+        (decode_flops, ledger.dense_decode_flops),
+        (ledger.prompt_flops + decode_flops, ledger.dense_prompt_flops + ledger.dense_decode_flops),
     )
     row(
         "bytes moved",
-        (stats.decode_bytes, stats.dense_decode_bytes),
-        (stats.prompt_bytes + stats.decode_bytes, stats.dense_prompt_bytes + stats.dense_decode_bytes),
+        (decode_bytes, stats.dense_decode_bytes),
+        (stats.prompt_bytes + decode_bytes, stats.dense_prompt_bytes + stats.dense_decode_bytes),
         unit="B",
     )
     row(

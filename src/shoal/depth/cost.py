@@ -24,18 +24,21 @@ def blocks(num_positions: int) -> int:
 
 
 def cache_blocks_by_pass(
-    cutoffs: Sequence[int], runs_prompt: Sequence[bool], prompt_tokens: int, num_passes: int
+    cutoffs: Sequence[int], runs_prompt: Sequence[bool], prompt_tokens: int, num_passes: int, draft_tokens: int = 0
 ) -> np.ndarray:
-    """Blocks that one request holds during its prompt (index 0) and during each decode pass (index clock + 1).
+    """Blocks that one request holds during its prompt (index 0) and during each decode pass (index clock + 1), at most.
 
     A layer holds the prompt and the positions it has served; it retires after the last pass that it serves. Example: prompt 16,
     cutoffs (ALWAYS, 0, 2): 3 blocks during the prompt, then 2 + 0 + 2, 2 + 0 + 2, 2 + 0 + 0.
+
+    Args: `draft_tokens`: most tokens that a pass verifies beyond its own; positions that no token will have are not among them.
 
     Returns int64 [num_passes + 1].
     """
     by_pass = np.arange(1, num_passes + 1)[:, None]  # clock + 1, so a layer serves the pass if by_pass <= cutoff
     serving = (np.asarray(cutoffs)[None, :] >= by_pass).sum(axis=1)
-    decode = serving * -(-(prompt_tokens + by_pass[:, 0]) // BLOCK_TOKENS)
+    positions = prompt_tokens + np.minimum(by_pass[:, 0] + draft_tokens, num_passes)
+    decode = serving * -(-positions // BLOCK_TOKENS)
     return np.concatenate(([sum(runs_prompt) * blocks(prompt_tokens)], decode))
 
 

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-from shoal.models.passes import Ints, LayerWork, Pass, StateSums
+from shoal.models.passes import GivenStates, Ints, LayerWork, Pass, StateSums
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +22,13 @@ class Rows:
     """[R] tokens that each row brings."""
     served: Ints
     """[R, L] how many of them (leading ones) each layer serves."""
+    done: Ints | None = None
+    """[R, L] how many of those have run the layer in an earlier pass, whose states they bring along; None for none at all."""
+
+    @property
+    def ran(self) -> Ints:
+        """[R, L] tokens that each layer computes in this pass."""
+        return self.served if self.done is None else self.served - self.done
 
 
 def deepest_first(rows: Rows) -> Rows:
@@ -32,51 +38,72 @@ def deepest_first(rows: Rows) -> Rows:
     depth = rows.served.sum(axis=1) / rows.num_tokens
     order = np.lexsort((rows.slots, -rows.num_tokens, -depth))
     return Rows(
-        slots=rows.slots[order], starts=rows.starts[order], num_tokens=rows.num_tokens[order], served=rows.served[order]
+        slots=rows.slots[order],
+        starts=rows.starts[order],
+        num_tokens=rows.num_tokens[order],
+        served=rows.served[order],
+        done=None if rows.done is None else rows.done[order],
     )
 
 
 def build_pass(
-    rows: Rows, token_ids: Sequence[int], emits: NDArray[np.bool_], state_sums: StateSums | None = None
+    rows: Rows,
+    token_ids: Sequence[int],
+    num_logits: Ints,
+    *,
+    state_sums: StateSums | None = None,
+    given: GivenStates | None = None,
 ) -> Pass:
     """The input of the decoder.
 
-    Args: `token_ids`: the rows' tokens in the rows' order; `emits` [R]: whether the logits after its last token are wanted;
-    `state_sums`: as in `Pass`.
+    Args: `token_ids`: the rows' tokens in the rows' order; `num_logits` [R]: how many of its last tokens each row wants logits
+    after; `state_sums`, `given`: as in `Pass`.
     """
     ends = np.cumsum(rows.num_tokens)
     first_tokens = ends - rows.num_tokens
     works: dict[bytes, LayerWork | None] = {}
     layers = []
-    for column in rows.served.T:
-        key = column.tobytes()
+    nothing = np.zeros(len(rows.slots), dtype=np.int64)
+    for layer, served in enumerate(rows.served.T):
+        done = nothing if rows.done is None else rows.done[:, layer]
+        key = served.tobytes() + done.tobytes()
         if key not in works:
-            works[key] = _layer_work(rows, column, first_tokens) if column.any() else None
+            works[key] = _layer_work(rows, served, done, first_tokens) if (served > done).any() else None
         layers.append(works[key])
     return Pass(
         token_ids=np.array(token_ids, dtype=np.int64),
         positions=np.repeat(rows.starts - first_tokens, rows.num_tokens) + np.arange(ends[-1]),
         layers=tuple(layers),
-        logit_tokens=ends[emits] - 1,
+        logit_tokens=last_of_each(ends, num_logits),
         state_sums=state_sums,
+        given=given,
     )
 
 
-def _layer_work(rows: Rows, served: Ints, first_tokens: Ints) -> LayerWork:
-    """The tokens that a layer serves when it takes the leading `served` [R] of each row."""
-    if (served == rows.num_tokens).all():  # everything, as in every layer of a batch at one clock
+def last_of_each(ends: Ints, counts: Ints) -> Ints:
+    """Indices of the last `counts[r]` tokens of each row, where row r ends before `ends[r]`: (3, 5) and (2, 1) make 1 2 4."""
+    if (counts <= 1).all():
+        return ends[counts > 0] - 1
+    return np.repeat(ends - np.cumsum(counts), counts) + np.arange(counts.sum())
+
+
+def _layer_work(rows: Rows, served: Ints, done: Ints, first_tokens: Ints) -> LayerWork:
+    """The tokens that a layer runs when it takes the leading `served` [R] of each row but for the first `done` [R] of them."""
+    ran = served - done
+    if (ran == rows.num_tokens).all():  # everything, as in every layer of a batch at one clock
         spans = np.stack((first_tokens, served, rows.slots, rows.starts), axis=1)
         return LayerWork(num_tokens=int(served.sum()), select=None, spans=spans)
-    active = np.flatnonzero(served)
-    counts = served[active]
+    active = np.flatnonzero(ran)
+    last = active[-1]
+    counts, skipped = ran[active], done[active]
     ends = np.cumsum(counts)
     total = int(ends[-1])
-    leading = bool((served[: active[-1]] == rows.num_tokens[: active[-1]]).all())
+    leading = not done[last] and bool((ran[:last] == rows.num_tokens[:last]).all())
     select = None
-    if not leading:  # active token i of a row stands i after the row's first token in the pass
-        select = np.repeat(first_tokens[active] - (ends - counts), counts) + np.arange(total)
+    if not leading:  # active token i of a row stands i after the first of its tokens in the pass that is not done
+        select = np.repeat(first_tokens[active] + skipped - (ends - counts), counts) + np.arange(total)
     return LayerWork(
         num_tokens=total,
         select=select,
-        spans=np.stack((ends - counts, counts, rows.slots[active], rows.starts[active]), axis=1),
+        spans=np.stack((ends - counts, counts, rows.slots[active], rows.starts[active] + skipped), axis=1),
     )

@@ -13,13 +13,14 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Generator, Iterable, Sequence
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Sequence
+from typing import Any, ClassVar
 
 import torch
 
 from shoal.depth.checkpoint import TunedDepth
 from shoal.depth.shape import ModelShape
+from shoal.engine.drafting import MAX_DRAFT_TOKENS, Drafter, Drafting, DraftStats
 from shoal.engine.intake import Plan, Prompt, check_job, one_per_prompt, prompts_of
 from shoal.engine.ledger import EngineStats
 from shoal.engine.request import Chunk, Generation, Request
@@ -38,6 +39,9 @@ from shoal.models.weights import DecoderConfig
 
 class Engine:
     """Runs requests on one model. Safe to call from several threads: passes run one at a time, and everyone shares them."""
+
+    make_drafter: ClassVar[Callable[[Engine], Drafter] | None] = None
+    """Set where the package is put together: the engine knows no proposers."""
 
     def __init__(
         self,
@@ -132,6 +136,11 @@ class Engine:
         return self.runner.tally.step_time
 
     @property
+    def drafting(self) -> DraftStats:
+        """What drafting did for all requests so far."""
+        return self.runner.tally.drafting
+
+    @property
     def has_work(self) -> bool:
         """Whether a request is waiting or running, or `step` has chunks to return that another call's pass made."""
         return bool(self._unread) or self.runner.has_work
@@ -142,6 +151,7 @@ class Engine:
         sampling: Sampling | Sequence[Sampling] | None = None,
         plan: Plan | Sequence[Plan] | None = None,
         *,
+        draft: Drafting | Sequence[Drafting] = None,
         timeout_s: float | None = None,
     ) -> list[Generation]:
         """Complete prompts.
@@ -150,12 +160,14 @@ class Engine:
             prompts: a string, a list of token ids, or several of those.
             sampling: one, or one per prompt; None is `Sampling()`, greedy.
             plan: a policy or plan, or one per prompt; None is `Dense()`.
+            draft: how to draft, or one per prompt; the tokens stay the same. "auto", "self", "ngram", "suffix", "trigram", the path
+                of a smaller checkpoint with the same tokenizer, or a class of `shoal.draft`; None is not at all.
             timeout_s: seconds from now after which unfinished requests end with `finish_reason="timeout"`.
 
         Returns one `Generation` per prompt in order (`Sampling.n` in a row where more than one is asked for). Raises
         `InvalidInput` before anything runs; a request that fails alone comes back with `finish_reason="error"`.
         """
-        chunks = self._submit(prompts, sampling, plan, timeout_s=timeout_s, streaming=False)
+        chunks = self._submit(prompts, sampling, plan, draft, timeout_s=timeout_s, streaming=False)
         done = [chunk.generation for chunk in chunks if chunk.generation is not None]
         return sorted(done, key=lambda generation: (generation.index, generation.sample))
 
@@ -165,6 +177,7 @@ class Engine:
         sampling: Sampling | Sequence[Sampling] | None = None,
         plan: Plan | Sequence[Plan] | None = None,
         *,
+        draft: Drafting | Sequence[Drafting] = None,
         timeout_s: float | None = None,
     ) -> Generator[Chunk, None, None]:
         """Complete prompts and yield what each gains, pass by pass; arguments as for `generate`.
@@ -172,7 +185,7 @@ class Engine:
         The texts of a request's chunks add up to its completion, and its last chunk carries the `Generation`. Requests are
         checked and queued at the call; closing the iterator cancels what is unfinished.
         """
-        return self._submit(prompts, sampling, plan, timeout_s=timeout_s, streaming=True)
+        return self._submit(prompts, sampling, plan, draft, timeout_s=timeout_s, streaming=True)
 
     async def astream(
         self,
@@ -180,6 +193,7 @@ class Engine:
         sampling: Sampling | Sequence[Sampling] | None = None,
         plan: Plan | Sequence[Plan] | None = None,
         *,
+        draft: Drafting | Sequence[Drafting] = None,
         timeout_s: float | None = None,
     ) -> AsyncIterator[Chunk]:
         """`stream` for asyncio: passes run in a worker thread, and concurrent streams share them.
@@ -188,7 +202,7 @@ class Engine:
         """
 
         def follow() -> Generator[Chunk, None, None]:  # queues in the worker thread, too: a pass may be under way
-            yield from self._submit(prompts, sampling, plan, timeout_s=timeout_s, streaming=True)
+            yield from self._submit(prompts, sampling, plan, draft, timeout_s=timeout_s, streaming=True)
 
         chunks = follow()
         turn = threading.Lock()  # a cancelled task leaves while its pass still runs in the worker thread
@@ -213,6 +227,7 @@ class Engine:
         sampling: Sampling | None = None,
         plan: Plan | None = None,
         *,
+        draft: Drafting = None,
         index: int = 0,
         timeout_s: float | None = None,
         streaming: bool = True,
@@ -221,7 +236,7 @@ class Engine:
 
         `index` comes back in its chunks; without `streaming`, text is decoded once, at the end.
         """
-        requests = self._requests(prompt, sampling, plan, index=index, timeout_s=timeout_s, streaming=streaming)
+        requests = self._requests(prompt, sampling, plan, draft, index=index, timeout_s=timeout_s, streaming=streaming)
         with self._lock:
             self.runner.submit(requests)
         return [request.request_id for request in requests]
@@ -247,6 +262,7 @@ class Engine:
         prompt: Prompt,
         sampling: Sampling | None,
         plan: Plan | None,
+        draft: Drafting,
         *,
         index: int,
         timeout_s: float | None,
@@ -263,7 +279,9 @@ class Engine:
             tokenizer=self.tokenizer,
             tuned=self.tuned,
             cache=self.runner.cache,
+            draft_tokens=0 if draft is None else MAX_DRAFT_TOKENS,
         )
+        drafter = None if draft is None else self._drafter()
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         return [
             Request(
@@ -279,15 +297,25 @@ class Engine:
                 deadline=deadline,
                 future_blocks=job.future_blocks,
                 prompt_states=PromptStates(job.router, self.shape, len(job.prompt)) if job.router else None,
+                draft=drafter.resolve(draft) if drafter else None,
             )
             for sample in range(job.sampling.n)
         ]
+
+    def _drafter(self) -> Drafter:
+        """Who drafts, made when it is first asked for."""
+        with self._lock:
+            if self.runner.drafter is None:
+                assert Engine.make_drafter, "import shoal, which says how"
+                self.runner.drafter = Engine.make_drafter(self)
+            return self.runner.drafter
 
     def _submit(
         self,
         prompts: Prompt | Iterable[Prompt],
         sampling: Sampling | Sequence[Sampling] | None,
         plan: Plan | Sequence[Plan] | None,
+        draft: Drafting | Sequence[Drafting],
         *,
         timeout_s: float | None,
         streaming: bool,
@@ -296,8 +324,9 @@ class Engine:
         listed = prompts_of(prompts)
         samplings = one_per_prompt("sampling", sampling, len(listed))
         plans = one_per_prompt("plan", plan, len(listed))
+        drafts = one_per_prompt("draft", draft, len(listed))
         requests: list[Request] = []
-        for index, job in enumerate(zip(listed, samplings, plans, strict=True)):
+        for index, job in enumerate(zip(listed, samplings, plans, drafts, strict=True)):
             try:
                 requests += self._requests(*job, index=index, timeout_s=timeout_s, streaming=streaming)
             except InvalidInput as error:

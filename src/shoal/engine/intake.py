@@ -79,8 +79,11 @@ def check_job(
     tokenizer: Any,
     tuned: TunedDepth | None,
     cache: KVCache,
+    draft_tokens: int = 0,
 ) -> Job:
     """Tokenise, check ids, lengths and cache budget, and make the plan.
+
+    Args: `draft_tokens`: most tokens that a pass will verify for it.
 
     Raises `InvalidPrompt`, `InvalidPlan`, `CacheBudgetExceeded` or `InvalidInput`.
     """
@@ -96,7 +99,7 @@ def check_job(
         raise InvalidInput("stop strings need a tokenizer, and this engine has none")
     check_length(len(token_ids), sampling.max_new_tokens, config)
     made = resolve_plan(plan, len(token_ids), sampling.max_new_tokens, config.shape.num_layers, tuned)
-    check_budget(made, len(token_ids), sampling.max_new_tokens, cache)
+    check_budget(made, len(token_ids), sampling.max_new_tokens, cache, draft_tokens)
     router = cast(Router, plan) if hasattr(plan, "route") else None
     if router is not None:
         router.check(config.shape)
@@ -109,7 +112,7 @@ def check_job(
         stop_token_ids=special_tokens(sampling.stop, tokenizer)
         | (frozenset() if sampling.ignore_eos else eos_token_ids),
         eos_token_ids=eos_token_ids,
-        future_blocks=future_blocks(made, len(token_ids), sampling.max_new_tokens),
+        future_blocks=future_blocks(made, len(token_ids), sampling.max_new_tokens, draft_tokens),
     )
 
 
@@ -156,11 +159,13 @@ def check_length(prompt_tokens: int, max_new_tokens: int, config: DecoderConfig)
         )
 
 
-def check_budget(plan: DepthPlan, prompt_tokens: int, max_new_tokens: int, cache: KVCache) -> None:
+def check_budget(
+    plan: DepthPlan, prompt_tokens: int, max_new_tokens: int, cache: KVCache, draft_tokens: int = 0
+) -> None:
     """Raises `CacheBudgetExceeded` for a request that would not fit even alone, and says what would."""
 
     def needed(new_tokens: int) -> int:
-        return int(future_blocks(plan, prompt_tokens, new_tokens)[0])
+        return int(future_blocks(plan, prompt_tokens, new_tokens, draft_tokens)[0])
 
     def gib(num_blocks: int) -> str:
         return f"{num_blocks * cache.bytes_per_block / 2**30:.3g} GiB"

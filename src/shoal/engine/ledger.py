@@ -17,7 +17,9 @@ class Ledger:
     new_tokens: int = 0
     """Tokens emitted."""
     decode_passes: int = 0
-    """Passes that consumed a generated token: one fewer than emitted tokens."""
+    """Generated tokens that were consumed, each in the pass of its clock: one fewer than emitted tokens."""
+    decode_steps: int = 0
+    """Passes of the engine that consumed them: as many, or fewer where drafts were accepted."""
     prompt_layer_tokens: int = 0
     """Layer x token products of the prompt."""
     decode_layer_tokens: int = 0
@@ -34,6 +36,10 @@ class Ledger:
     """The same with every layer."""
     dense_decode_flops: int = 0
     """The same with every layer."""
+    draft_layer_tokens: int = 0
+    """Layer x token products that drafting took beyond the plan's own: of layers that draft, and of tokens taken back."""
+    draft_flops: int = 0
+    """Floating-point operations of those and of their heads, and of a smaller model that drafts."""
 
     @property
     def mean_layers(self) -> float:
@@ -65,6 +71,11 @@ class Ledger:
         prompt_layer_pairs: int,
         decode_layer_tokens: int,
         decode_layer_pairs: int,
+        decode_steps: int,
+        draft_layer_tokens: int = 0,
+        draft_layer_pairs: int = 0,
+        draft_heads: int = 0,
+        small_model_flops: int = 0,
     ) -> Ledger:
         """The ledger of a request that has read `prompt_tokens`; `*_pairs` are (query, key) pairs summed over layers that ran."""
         prompt_heads = int(new_tokens > 0)
@@ -74,6 +85,7 @@ class Ledger:
             prompt_tokens=prompt_tokens,
             new_tokens=new_tokens,
             decode_passes=decode_passes,
+            decode_steps=decode_steps,
             prompt_layer_tokens=prompt_layer_tokens,
             decode_layer_tokens=decode_layer_tokens,
             dense_prompt_layer_tokens=layers * prompt_tokens,
@@ -90,6 +102,9 @@ class Ledger:
             dense_decode_flops=flops(
                 shape, layer_tokens=layers * decode_passes, layer_pairs=layers * decode_pairs, heads=decode_passes
             ),
+            draft_layer_tokens=draft_layer_tokens,
+            draft_flops=small_model_flops
+            + flops(shape, layer_tokens=draft_layer_tokens, layer_pairs=draft_layer_pairs, heads=draft_heads),
         )
 
 
@@ -117,6 +132,12 @@ class EngineStats:
     """Seconds for prompts."""
     decode_s: float = 0.0
     """Seconds for generated tokens."""
+    draft_passes: int = 0
+    """Passes of the model itself, of a few layers, that drafted."""
+    draft_bytes: int = 0
+    """Bytes that those moved."""
+    draft_s: float = 0.0
+    """Seconds for drafting: proposing, and deciding how much."""
     peak_cache_bytes: int = 0
     """Most bytes of cache blocks in use at once."""
 

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shoal.depth.plan import DepthPlan
+from shoal.engine.drafting import DraftStats
 from shoal.engine.ledger import Ledger
 from shoal.engine.routing import PromptStates
 from shoal.engine.sampling import Sampling
@@ -49,6 +50,8 @@ class Generation:
     """Whether it ran on past its plan's horizon, at the plan's minimum depth."""
     plan: DepthPlan
     """What decided its layers: as given, made by the policy, or by the router from its prompt."""
+    drafting: DraftStats | None = None
+    """What drafting did for it, where it was asked for."""
     error: str | None = None
     """Why it ended with `error`."""
 
@@ -92,6 +95,9 @@ class Request:
     """[max_new_tokens]: most cache blocks it can hold from its k-th pass on, the prompt's being pass 0."""
     prompt_states: PromptStates | None = None
     """Where a router decides: what it will read."""
+    draft: object | None = None
+    """How it is drafted for, in its `Drafter`'s terms; None for not at all."""
+    draft_stats: DraftStats = field(default_factory=DraftStats)
     output: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
 

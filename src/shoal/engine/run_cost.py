@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from shoal.engine.drafting import DraftStats
 from shoal.engine.ledger import EngineStats, Ledger
 from shoal.engine.request import Generation
 
@@ -22,16 +23,23 @@ class RunCost:
     """Those that ended with an error."""
     num_past_horizon: int = 0
     """Those that ran on past the horizon of their plan."""
+    drafting: DraftStats = field(default_factory=DraftStats)
+    """What drafting did for them."""
+
+    @property
+    def decode_s(self) -> float:
+        """Seconds for generated tokens, drafting them included."""
+        return self.stats.decode_s + self.stats.draft_s
 
     @property
     def decode_s_per_token(self) -> float:
-        """Seconds of decode passes per emitted token."""
-        return self.stats.decode_s / max(1, self.ledger.new_tokens)
+        """Seconds for generated tokens, per emitted token."""
+        return self.decode_s / max(1, self.ledger.new_tokens)
 
     @property
     def total_s_per_token(self) -> float:
-        """Seconds of all passes per emitted token."""
-        return (self.stats.prompt_s + self.stats.decode_s) / max(1, self.ledger.new_tokens)
+        """Seconds of everything, per emitted token."""
+        return (self.stats.prompt_s + self.decode_s) / max(1, self.ledger.new_tokens)
 
     def add(self, done: Generation) -> None:
         """Count one completion."""
@@ -39,3 +47,5 @@ class RunCost:
         self.num_requests += 1
         self.num_failed += done.finish_reason == "error"
         self.num_past_horizon += done.past_horizon
+        if done.drafting is not None:
+            self.drafting += done.drafting

@@ -1,8 +1,9 @@
 """Running requests pass by pass: the loop of the engine.
 
-    schedule rows -> order them deepest first -> build the pass -> decoder -> sample -> commit -> hand memory back
+    schedule rows -> draft -> order them deepest first -> build the pass -> decoder -> sample -> commit -> hand memory back
 
-There is no separate prefill or decode phase: each row brings the tokens that it knows and has not computed.
+There is no separate prefill or decode phase: each row brings the tokens that it knows and has not computed. Drafts are known tokens
+that may be taken back (`drafting.py`).
 """
 
 from __future__ import annotations
@@ -20,10 +21,19 @@ import torch
 
 from shoal.engine.batch import Rows, build_pass, deepest_first
 from shoal.engine.cache import KVCache
+from shoal.engine.drafting import (
+    MAX_DRAFT_TOKENS,
+    Draft,
+    Drafter,
+    draft_row,
+    given_states,
+    num_matching,
+    stack_done,
+)
 from shoal.engine.ledger import Ledger
 from shoal.engine.request import Chunk, FinishReason, Generation, Request
 from shoal.engine.routing import watch
-from shoal.engine.sampler import Sampled, sample
+from shoal.engine.sampler import Sampled, verify
 from shoal.engine.scheduler import Scheduler
 from shoal.engine.slots import SlotTable, future_blocks
 from shoal.engine.tally import Tally
@@ -47,7 +57,10 @@ class Runner:
         )
         self.slots = SlotTable(max_batch, self.shape.num_layers)
         self.scheduler = Scheduler(self.slots, self.cache, self.tally.step_time, max_pass_tokens=max_pass_tokens)
+        self.drafter: Drafter | None = None
+        """Who drafts for the requests that ask for it."""
         self.cancelled: set[int] = set()
+        self._draft_s = 0.0
         self._next_deadline = math.inf
 
     def step(self) -> list[Chunk]:
@@ -58,34 +71,53 @@ class Runner:
         if not tokens:
             self.cache.check_integrity()
             return chunks
+        drafts = self._draft(tokens) if self.drafter else {}
 
-        rows = self._rows(tokens)
-        requests = [self.slots[slot] for slot in rows.slots.tolist()]
-        spans = list(zip(requests, rows.starts.tolist(), rows.num_tokens.tolist(), strict=True))
-        emits = np.array([start + count == request.known for request, start, count in spans])
-        token_ids = itertools.chain.from_iterable(request.tokens(start, count) for request, start, count in spans)
+        rows = self._rows(tokens, drafts)
+        slots = rows.slots.tolist()
+        requests, drafted = [self.slots[slot] for slot in slots], [drafts.get(slot) for slot in slots]
+        starts, ends = rows.starts.tolist(), (rows.starts + rows.num_tokens).tolist()
+        own_ends = [end - len(draft.tokens) if draft else end for end, draft in zip(ends, drafted, strict=True)]
+        emits = [own_end == request.known for request, own_end in zip(requests, own_ends, strict=True)]
+        num_logits = np.array([emit * (1 + end - own) for emit, end, own in zip(emits, ends, own_ends, strict=True)])
+        token_ids = list(
+            itertools.chain.from_iterable(
+                (*request.tokens(start, own_end - start), *(draft.tokens if draft else ()))
+                for request, start, own_end, draft in zip(requests, starts, own_ends, drafted, strict=True)
+            )
+        )
 
-        self.cache.hold(rows.slots, np.where(rows.served > 0, rows.starts[:, None] + rows.served, 0))
-        self.tally.note_blocks(self.cache.bytes_in_use)
+        self._hold(rows)
         watched = watch(rows, [request.prompt_states for request in requests], self.decoder.device)
         sums = watched.sums if watched else None
-        logits = self.decoder(build_pass(rows, list(token_ids), emits, sums), self.cache)
-        emitting = [request for request, emit in zip(requests, emits, strict=True) if emit]
-        sampled = sample(logits, emitting)
+        given = given_states(rows, drafted) if drafts else None
+        logits = self.decoder(build_pass(rows, token_ids, num_logits, state_sums=sums, given=given), self.cache)
+        emitting = [row for row, emit in enumerate(emits) if emit]
+        proposed = [drafted[row].tokens if drafted[row] else () for row in emitting]  # type: ignore[union-attr]
+        sampled = verify(logits, [requests[row] for row in emitting], proposed)
 
         decodes = self.slots.decodes(rows)
-        self.slots.record(rows)  # from here on the pass counts: whatever interrupts what is above, it can be run again
+        committed = rows.num_tokens
+        if drafts:
+            committed = committed.copy()
+            committed[emitting] -= [len(draft) + 1 - len(ones) for draft, ones in zip(proposed, sampled, strict=True)]
+        self.slots.record(
+            rows, committed
+        )  # from here on the pass counts: whatever interrupts what is above, it can be run again
         if watched:
             watched.keep()
-        for request, one in zip(emitting, sampled, strict=True):
+        for row, ones in zip(emitting, sampled, strict=True):
+            request = requests[row]
             if request.prompt_states and not request.output:
-                one = self._route(request, one)
-            chunks.append(self._commit(request, one))
+                ones = [self._route(request, *ones)]
+            if request.draft is not None and decodes[row]:
+                self._note_draft(request, drafted[row], ones)
+            chunks.append(self._commit(request, ones))
         retired = (rows.served > 0) & (self.slots.cutoffs[rows.slots] <= self.slots.clock(rows.slots)[:, None])
-        if retired.any():
-            still = np.array([s for s in rows.slots.tolist() if self.slots.requests[s] is not None], dtype=np.int64)
+        if drafts or retired.any():
+            still = np.array([s for s in slots if self.slots.requests[s] is not None], dtype=np.int64)
             self.cache.hold(still, self.slots.held_positions(still))
-        self.tally.note(rows, decodes, emits, time.perf_counter() - began)
+        self.tally.note(rows, decodes, int(num_logits.sum()), time.perf_counter() - began - self._draft_s)
         return chunks
 
     def submit(self, requests: Sequence[Request]) -> None:
@@ -118,13 +150,51 @@ class Runner:
         """Whether a request is waiting or running."""
         return bool(self.scheduler.waiting or self.slots.running)
 
-    def _rows(self, tokens: dict[int, int]) -> Rows:
-        """The rows of a pass that computes `tokens` per slot."""
+    def _draft(self, tokens: dict[int, int]) -> dict[int, Draft]:
+        """Drafts for rows of a pass that brings `tokens`, by slot."""
+        assert self.drafter
+        asking = [draft_row(self.slots[slot], slot, int(self.slots.num_computed[slot])) for slot in tokens]
+        rows = [row for row in asking if row is not None]
+        self._draft_s = 0.0
+        if not rows:
+            return {}
+        began = time.perf_counter()
+        room = self.scheduler.max_pass_tokens - sum(tokens.values())
+        drafts = self.drafter.propose(rows, tokens, room)
+        self._draft_s = time.perf_counter() - began
+        self.tally.stats.draft_s += self._draft_s
+        return drafts
+
+    def _rows(self, tokens: dict[int, int], drafts: dict[int, Draft]) -> Rows:
+        """The rows of a pass that computes `tokens` per slot, and verifies `drafts`."""
         slots = np.fromiter(tokens.keys(), dtype=np.int64)
         num_tokens = np.fromiter(tokens.values(), dtype=np.int64)
+        done = None
+        if drafts:
+            drafted = [drafts.get(slot) for slot in tokens]
+            num_tokens += [len(draft.tokens) if draft else 0 for draft in drafted]
+            done = stack_done(drafted, self.shape.num_layers)
         starts = self.slots.num_computed[slots]
         served = self.slots.served(slots, num_tokens)
-        return deepest_first(Rows(slots=slots, starts=starts, num_tokens=num_tokens, served=served))
+        if done is not None:
+            done = np.minimum(done, served)  # a layer that has retired by then is not done, it is skipped
+        return deepest_first(Rows(slots=slots, starts=starts, num_tokens=num_tokens, served=served, done=done))
+
+    def _hold(self, rows: Rows) -> None:
+        """Blocks for all that a pass over `rows` will write."""
+        self.cache.hold(rows.slots, np.where(rows.served > 0, rows.starts[:, None] + rows.served, 0))
+        self.tally.note_blocks(self.cache.bytes_in_use)
+
+    def _note_draft(self, request: Request, draft: Draft | None, sampled: Sequence[Sampled | RequestFailed]) -> None:
+        """Count what became of a draft, or that there was none."""
+        assert self.drafter
+        off = None if draft else self.drafter.why_not(request)
+        num_drafted = len(draft.tokens) if draft else 0
+        token_ids = [one.token for one in sampled if isinstance(one, Sampled)]
+        num_accepted = num_matching(draft.tokens, token_ids) if draft else 0
+        for stats in (request.draft_stats, self.tally.drafting):
+            stats.note(num_drafted, num_accepted, off)
+        self.drafter.committed(request, draft, token_ids)
 
     def _route(self, request: Request, sampled: Sampled | RequestFailed) -> Sampled | RequestFailed:
         """The prompt has been read: take the router's plan from here on. Returns `sampled`, or why there is no plan."""
@@ -133,23 +203,29 @@ class Runner:
             request.plan = request.prompt_states.route(self.shape.num_layers)
         except RequestFailed as error:
             return error
-        request.future_blocks = future_blocks(request.plan, len(request.prompt), request.sampling.max_new_tokens)
+        draft_tokens = 0 if request.draft is None else MAX_DRAFT_TOKENS
+        request.future_blocks = future_blocks(
+            request.plan, len(request.prompt), request.sampling.max_new_tokens, draft_tokens
+        )
         self.slots.cutoffs[self.slots.requests.index(request)] = request.plan.cutoffs
         return sampled
 
-    def _commit(self, request: Request, sampled: Sampled | RequestFailed) -> Chunk:
-        """Add a token to a request's output, and end the request if that was its last."""
-        if isinstance(sampled, RequestFailed):
-            return self._end(request, "error", error=str(sampled))
-        token = sampled.token
-        request.output.append(token)
-        if sampled.logprobs is not None:
-            request.logprobs.append(sampled.logprobs)
-        text = request.text.push([token])
+    def _commit(self, request: Request, sampled: Sequence[Sampled | RequestFailed]) -> Chunk:
+        """Add tokens to a request's output, and end the request if the last of them was its last."""
+        token_ids: tuple[int, ...] = ()
+        text = ""
+        for one in sampled:
+            if isinstance(one, RequestFailed):
+                return self._end(request, "error", token_ids=token_ids, text=text, error=str(one))
+            request.output.append(one.token)
+            if one.logprobs is not None:
+                request.logprobs.append(one.logprobs)
+            token_ids += (one.token,)
+            text += request.text.push([one.token])
         reason = request.finish_reason()
         if reason is not None:
-            return self._end(request, reason, token_ids=(token,), text=text)
-        return request.chunk(token_ids=(token,), text=text)
+            return self._end(request, reason, token_ids=token_ids, text=text)
+        return request.chunk(token_ids=token_ids, text=text)
 
     def _end(
         self,
@@ -162,6 +238,8 @@ class Runner:
     ) -> Chunk:
         """Finish a request that is no longer waiting, and free its slot where it has one."""
         text += request.text.finish()
+        if request.draft is not None and self.drafter:
+            self.drafter.ended(request)
         ledger, past_horizon = Ledger(), False
         if request in self.slots.requests:
             slot = self.slots.requests.index(request)
@@ -181,6 +259,7 @@ class Runner:
             ledger=ledger,
             past_horizon=past_horizon,
             plan=request.plan,
+            drafting=None if request.draft is None else request.draft_stats,
             error=error,
         )
         return request.chunk(token_ids=token_ids, text=text, generation=generation)

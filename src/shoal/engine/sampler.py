@@ -31,23 +31,51 @@ def sample(logits: Tensor, requests: Sequence[Request]) -> list[Sampled | Reques
 
     Args: logits [R, V] in the model's dtype, one row per request.
     """
+    return [one for (one,) in verify(logits, requests, [()] * len(requests))]
+
+
+def verify(
+    logits: Tensor, requests: Sequence[Request], drafts: Sequence[Sequence[int]]
+) -> list[list[Sampled | RequestFailed]]:
+    """The next tokens of each request: those of its draft that it would have chosen itself, and one more. Changes nothing.
+
+    Ends with the first token that differs from the draft (recovered), that ends the request, or that cannot be chosen.
+
+    Args: logits [rows, V] in the model's dtype, per request one row after its last token and one after each drafted token.
+    """
     best, finite = greedy(logits)
-    tokens: list[Sampled | RequestFailed] = []
-    for row, (request, most_probable) in enumerate(zip(requests, best, strict=True)):
-        if not finite[row]:
-            where = f"prompt {request.index}, after {len(request.output)} new tokens"
-            tokens.append(
-                RequestFailed(f"logits are not finite ({where}): the weights or the dtype's range are at fault")
-            )
-            continue
-        try:
-            token = most_probable if request.sampling.plain_greedy else choose(logits[row].float(), request)
-        except RequestFailed as error:
-            tokens.append(error)
-            continue
-        num_top = request.sampling.logprobs
-        tokens.append(Sampled(token, None if num_top is None else token_logprobs(logits[row].float(), token, num_top)))
+    tokens: list[list[Sampled | RequestFailed]] = []
+    row = 0
+    for request, draft in zip(requests, drafts, strict=True):
+        taken: list[Sampled | RequestFailed] = []
+        for num_ahead in range(len(draft) + 1):
+            at = row + num_ahead
+            one = next_token(logits[at], best[at], finite[at], request, draft[:num_ahead])
+            taken.append(one)
+            if isinstance(one, RequestFailed) or one.token in request.stop_token_ids:
+                break
+            if num_ahead < len(draft) and one.token != draft[num_ahead]:
+                break
+        if request.text.stop:
+            taken = taken[: request.text.stops_after([one.token for one in taken if isinstance(one, Sampled)])]
+        tokens.append(taken)
+        row += len(draft) + 1
     return tokens
+
+
+def next_token(
+    logits: Tensor, most_probable: int, finite: bool, request: Request, ahead: Sequence[int]
+) -> Sampled | RequestFailed:
+    """What the request emits after its output and the accepted tokens `ahead`, from logits [V]."""
+    if not finite:
+        where = f"prompt {request.index}, after {len(request.output) + len(ahead)} new tokens"
+        return RequestFailed(f"logits are not finite ({where}): the weights or the dtype's range are at fault")
+    try:
+        token = most_probable if request.sampling.plain_greedy else choose(logits.float(), request, ahead)
+    except RequestFailed as error:
+        return error
+    num_top = request.sampling.logprobs
+    return Sampled(token, None if num_top is None else token_logprobs(logits.float(), token, num_top))
 
 
 def greedy(logits: Tensor) -> tuple[list[int], list[bool]]:
@@ -64,13 +92,16 @@ def greedy(logits: Tensor) -> tuple[list[int], list[bool]]:
     return indices.tolist(), largest.isfinite().tolist()
 
 
-def choose(logits: Tensor, request: Request) -> int:
+def choose(logits: Tensor, request: Request, ahead: Sequence[int] = ()) -> int:
     """One token from float32 logits [V]: penalties, bias, the user's processor, temperature, top-k, top-p, min-p, the draw.
+
+    Args: `ahead`: accepted tokens that are not in the request's output yet.
 
     Raises `RequestFailed` if the user's processor raises, returns something else than logits or leaves nothing to choose from.
     """
     sampling = request.sampling
-    logits = adjust(logits.clone(), request)
+    output = [*request.output, *ahead]
+    logits = adjust(logits.clone(), request, output)
     if not logits.max().isfinite():
         raise RequestFailed(f"prompt {request.index}: penalties, bias or processor left no finite logit to choose from")
     if sampling.temperature == 0:
@@ -85,31 +116,32 @@ def choose(logits: Tensor, request: Request) -> int:
     if sampling.min_p:
         probabilities[probabilities < sampling.min_p * probabilities.max()] = 0
     cumulative = probabilities.double().cumsum(dim=-1)
-    noise = uniform_noise(sampling.seed, request.sample, len(request.output))
+    noise = uniform_noise(sampling.seed, request.sample, len(output))
     # First token whose cumulative probability exceeds the draw; a token of probability 0 never does so first.
     return int(torch.searchsorted(cumulative, noise * cumulative[-1:], right=True).clamp(max=len(logits) - 1))
 
 
-def adjust(logits: Tensor, request: Request) -> Tensor:
-    """Apply penalties, bias, the minimum length and the user's processor to float32 logits [V], in place where possible."""
+def adjust(logits: Tensor, request: Request, output: list[int]) -> Tensor:
+    """Apply penalties, bias, the minimum length and the user's processor to float32 logits [V] after `output`, in place where
+    possible."""
     sampling = request.sampling
     if sampling.repetition_penalty != 1:
-        seen = torch.tensor(sorted({*request.prompt, *request.output}), device=logits.device)
+        seen = torch.tensor(sorted({*request.prompt, *output}), device=logits.device)
         scores = logits[seen]
         logits[seen] = torch.where(
             scores > 0, scores / sampling.repetition_penalty, scores * sampling.repetition_penalty
         )
-    if request.output and (sampling.presence_penalty or sampling.frequency_penalty):
-        for token, count in Counter(request.output).items():
+    if output and (sampling.presence_penalty or sampling.frequency_penalty):
+        for token, count in Counter(output).items():
             logits[token] -= sampling.presence_penalty + count * sampling.frequency_penalty
     for token, bias in sampling.logit_bias.items():
         logits[token] += bias
-    if len(request.output) < sampling.min_new_tokens:
+    if len(output) < sampling.min_new_tokens:
         logits[list(request.eos_token_ids)] = -torch.inf
     if sampling.processor is not None:
         vocab_size = logits.shape
         try:
-            logits = sampling.processor([*request.prompt, *request.output], logits)
+            logits = sampling.processor([*request.prompt, *output], logits)
         except Exception as error:
             raise RequestFailed(f"prompt {request.index}: the logits processor raised {error!r}") from error
         if not isinstance(logits, Tensor) or logits.shape != vocab_size:

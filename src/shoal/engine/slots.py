@@ -27,9 +27,12 @@ class SlotTable:
         self.num_computed = np.zeros(num_slots, dtype=np.int64)
         self.cutoffs = np.zeros((num_slots, num_layers), dtype=np.int64)
         self.runs_prompt = np.zeros((num_slots, num_layers), dtype=bool)
-        # Of layers that ran, [slot, 0] for the prompt and [slot, 1] for generated tokens:
-        self.layer_tokens = np.zeros((num_slots, 2), dtype=np.int64)
-        self.layer_pairs = np.zeros((num_slots, 2), dtype=np.int64)  # (query, key) pairs of their attention
+        # Of layers that ran, [slot, 0] for the prompt, [slot, 1] for generated tokens, [slot, 2] for drafting, beyond those:
+        self.layer_tokens = np.zeros((num_slots, 3), dtype=np.int64)
+        self.layer_pairs = np.zeros((num_slots, 3), dtype=np.int64)  # (query, key) pairs of their attention
+        self.draft_heads = np.zeros(num_slots, dtype=np.int64)  # logits of drafting
+        self.small_model_flops = np.zeros(num_slots, dtype=np.int64)  # of another model that drafted
+        self.decode_steps = np.zeros(num_slots, dtype=np.int64)  # passes that consumed generated tokens
 
     @property
     def running(self) -> list[int]:
@@ -50,6 +53,7 @@ class SlotTable:
         self.cutoffs[slot] = request.plan.cutoffs
         self.runs_prompt[slot] = request.plan.runs_prompt
         self.layer_tokens[slot] = self.layer_pairs[slot] = 0
+        self.draft_heads[slot] = self.small_model_flops[slot] = self.decode_steps[slot] = 0
 
     def leave(self, slot: int) -> None:
         """Empty a slot."""
@@ -80,14 +84,28 @@ class SlotTable:
         served = np.where(self.runs_prompt[slots], num_prompt[:, None], 0) + decode
         return served
 
-    def record(self, rows: Rows) -> None:
-        """Note that a pass ran these rows."""
+    def record(self, rows: Rows, committed: Ints) -> None:
+        """Note that a pass ran these rows, and that the first `committed` [R] tokens of each stay: the others are taken back."""
         decode = self.decodes(rows).astype(np.int64)
-        layer_tokens = rows.served.sum(axis=1)
-        among_new = (rows.served * (rows.served + 1)).sum(axis=1) // 2  # token t of the new ones sees t of them
+        kept = np.minimum(rows.served, committed[:, None])
+        layer_tokens, layer_pairs = kept.sum(axis=1), pairs(rows.starts, kept)
         self.layer_tokens[rows.slots, decode] += layer_tokens
-        self.layer_pairs[rows.slots, decode] += layer_tokens * rows.starts + among_new
-        self.num_computed[rows.slots] += rows.num_tokens
+        self.layer_pairs[rows.slots, decode] += layer_pairs
+        self.num_computed[rows.slots] += committed
+        self.decode_steps[rows.slots] += decode
+        if rows.done is None and (committed == rows.num_tokens).all():
+            return
+        # What a draft's own pass has done already was noted there: this takes away what of it belongs to the plan.
+        self.layer_tokens[rows.slots, 2] += rows.ran.sum(axis=1) - layer_tokens
+        done_pairs = 0 if rows.done is None else pairs(rows.starts, rows.done)
+        self.layer_pairs[rows.slots, 2] += pairs(rows.starts, rows.served) - done_pairs - layer_pairs
+        self.draft_heads[rows.slots] += rows.num_tokens - committed
+
+    def record_draft(self, rows: Rows) -> None:
+        """Note that a pass ran these rows to draft for them, one token each with its logits; nothing is committed."""
+        self.layer_tokens[rows.slots, 2] += rows.served.sum(axis=1)
+        self.layer_pairs[rows.slots, 2] += pairs(rows.starts, rows.served)
+        self.draft_heads[rows.slots] += 1
 
     def decodes(self, rows: Rows) -> NDArray[np.bool_]:
         """[R]: whether a row consumes generated tokens rather than its prompt; asked before the pass is recorded."""
@@ -103,8 +121,8 @@ class SlotTable:
 
     def ledger(self, slot: int, shape: ModelShape) -> Ledger:
         """What the request in `slot` has spent."""
-        prompt_layer_tokens, decode_layer_tokens = self.layer_tokens[slot].tolist()
-        prompt_layer_pairs, decode_layer_pairs = self.layer_pairs[slot].tolist()
+        prompt_layer_tokens, decode_layer_tokens, draft_layer_tokens = self.layer_tokens[slot].tolist()
+        prompt_layer_pairs, decode_layer_pairs, draft_layer_pairs = self.layer_pairs[slot].tolist()
         return Ledger.of(
             shape,
             prompt_tokens=int(min(self.num_computed[slot], self.prompt_tokens[slot])),
@@ -114,11 +132,26 @@ class SlotTable:
             prompt_layer_pairs=prompt_layer_pairs,
             decode_layer_tokens=decode_layer_tokens,
             decode_layer_pairs=decode_layer_pairs,
+            decode_steps=int(self.decode_steps[slot]),
+            draft_layer_tokens=draft_layer_tokens,
+            draft_layer_pairs=draft_layer_pairs,
+            draft_heads=int(self.draft_heads[slot]),
+            small_model_flops=int(self.small_model_flops[slot]),
         )
 
 
-def future_blocks(plan: DepthPlan, prompt_tokens: int, max_new_tokens: int) -> Ints:
-    """[max_new_tokens]: most blocks that a request can hold from pass k on, the prompt's being pass 0."""
-    held = cache_blocks_by_pass(plan.cutoffs, plan.runs_prompt, prompt_tokens, max_new_tokens - 1)
+def pairs(starts: Ints, num_tokens: Ints) -> Ints:
+    """[R] (query, key) pairs, summed over layers, of the leading `num_tokens` [R, L] of rows that begin at `starts` [R]."""
+    among_new = num_tokens * (num_tokens + 1) // 2  # token t of the new ones sees t of them
+    total: Ints = (num_tokens * starts[:, None] + among_new).sum(axis=1)
+    return total
+
+
+def future_blocks(plan: DepthPlan, prompt_tokens: int, max_new_tokens: int, draft_tokens: int = 0) -> Ints:
+    """[max_new_tokens]: most blocks that a request can hold from pass k on, the prompt's being pass 0.
+
+    Args: `draft_tokens`: most tokens that are drafted for one pass.
+    """
+    held = cache_blocks_by_pass(plan.cutoffs, plan.runs_prompt, prompt_tokens, max_new_tokens - 1, draft_tokens)
     future: Ints = np.maximum.accumulate(held[::-1])[::-1]
     return future

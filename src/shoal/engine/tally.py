@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from shoal.depth.cost import bytes_moved
 from shoal.depth.shape import ModelShape
 from shoal.engine.batch import Rows
+from shoal.engine.drafting import DraftStats
 from shoal.engine.ledger import EngineStats
 from shoal.engine.step_time import StepTime, pass_work
 from shoal.models.passes import Ints
@@ -22,8 +23,9 @@ class Tally:
 
     def __init__(self, shape: ModelShape) -> None:
         self.shape = shape
+        self.drafting = DraftStats()
         self._stats, self._step_time = EngineStats(), StepTime()
-        self._noted: list[tuple[Rows, NDArray[np.bool_], NDArray[np.bool_], float]] = []
+        self._noted: list[tuple[Rows, NDArray[np.bool_] | None, int, float]] = []
 
     @property
     def stats(self) -> EngineStats:
@@ -41,30 +43,47 @@ class Tally:
         """Bytes of cache in use during a pass."""
         self._stats.peak_cache_bytes = max(self._stats.peak_cache_bytes, num_bytes)
 
-    def note(self, rows: Rows, decodes: NDArray[np.bool_], emits: NDArray[np.bool_], seconds: float) -> None:
-        """A pass has run these rows. `decodes` and `emits` [R]: rows that consumed generated tokens, and that emitted one."""
-        self._noted.append((rows, decodes, emits, seconds))
+    def note(self, rows: Rows, decodes: NDArray[np.bool_], num_logits: int, seconds: float) -> None:
+        """A pass has run these rows. `decodes` [R]: those that consumed generated tokens."""
+        self._noted.append((rows, decodes, num_logits, seconds))
+        if len(self._noted) == TOGETHER:
+            self._count()
+
+    def note_draft(self, rows: Rows, seconds: float) -> None:
+        """A pass has drafted for these rows, with the logits of each."""
+        self._noted.append((rows, None, len(rows.slots), seconds))
         if len(self._noted) == TOGETHER:
             self._count()
 
     def _count(self) -> None:
         noted, self._noted = self._noted, []
-        for rows, decodes, emits, seconds in noted:
-            self._add(rows, decodes, emits, seconds)
-            work = pass_work(rows.served, rows.starts, rows.num_tokens, int(emits.sum()))
-            self._step_time.observe(work, seconds)
+        for rows, decodes, num_logits, seconds in noted:
+            if decodes is None:
+                self._add_draft(rows)
+            else:
+                self._add(rows, decodes, num_logits > 0, seconds)
+            # The rows' own starts stand for those of tokens that run no layer anew: they read the same keys.
+            self._step_time.observe(pass_work(rows.ran, rows.starts, rows.num_tokens, num_logits), seconds)
 
-    def _add(self, rows: Rows, decodes: NDArray[np.bool_], emits: NDArray[np.bool_], seconds: float) -> None:
+    def _add_draft(self, rows: Rows) -> None:
+        """Add a pass that drafted; its seconds are among those that the engine takes for drafting."""
+        ran = rows.served > 0
+        cached = int((rows.starts * ran.sum(axis=1) + rows.served.sum(axis=1)).sum())
+        layers = int(ran.any(axis=0).sum())
+        self._stats.draft_passes += 1
+        self._stats.draft_bytes += bytes_moved(self.shape, layers_read=layers, cached_positions=cached, head=True)
+
+    def _add(self, rows: Rows, decodes: NDArray[np.bool_], emits: bool, seconds: float) -> None:
         """Add a pass to the shared costs; see `EngineStats` for how one is shared between prompts and generated tokens."""
         shape, stats = self.shape, self._stats
-        ran = rows.served > 0
-        layer_tokens = rows.served.sum(axis=1)
+        ran = rows.ran > 0
+        layer_tokens = rows.ran.sum(axis=1)
         cached = rows.starts * ran.sum(axis=1) + layer_tokens
         dense_cached = shape.num_layers * (rows.starts + rows.num_tokens)
         layers = int(ran.any(axis=0).sum())
         any_decode, all_decode = bool(decodes.any()), bool(decodes.all())
         layers_for_decode = layers if all_decode else int(ran[decodes].any(axis=0).sum())
-        head_for_prompts = bool(emits.any()) and not any_decode
+        head_for_prompts = emits and not any_decode
 
         def parts(values: Ints) -> tuple[int, int]:
             """Sums over the rows that generate and over the others."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -46,6 +47,16 @@ class TextStream:
         self.text += new
         self._cut_at_stop(len(new))
         return self._emit(len(self.text) - (0 if self.stopped else self._held_back()))
+
+    def stops_after(self, token_ids: Sequence[int]) -> int | None:
+        """How many of the next `token_ids` complete a stop string; None where they complete none. Changes nothing."""
+        trial = copy.copy(self)
+        trial._tokens = list(self._tokens)
+        for count, token in enumerate(token_ids, 1):
+            trial.push([token])
+            if trial.stopped:
+                return count
+        return None
 
     def finish(self) -> str:
         """No more tokens will come: returns what was held back."""

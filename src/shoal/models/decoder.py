@@ -171,11 +171,13 @@ class Decoder:
     # The parts of a pass, for those who stop between layers (`baselines/`); they call them in inference mode.
 
     def embed(self, work: Pass) -> Tensor:
-        """States [N, d] of the pass's tokens before the first layer."""
+        """States [N, d] of the pass's tokens before the first layer that they run."""
         x = F.embedding(on(self.device, work.token_ids), self.embedding)
         if self.position_table is not None:
             positions = on(self.device, work.positions) + self.config.position_offset
             x += F.embedding(positions, self.position_table)
+        if work.given:
+            x[on(self.device, work.given.tokens)] = work.given.states.to(x.dtype)
         return x
 
     def logits(self, x: Tensor) -> Tensor:

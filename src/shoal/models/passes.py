@@ -71,6 +71,16 @@ class StateSums:
 
 
 @dataclass(frozen=True, eq=False)
+class GivenStates:
+    """Tokens that bring a state along instead of an embedding: their bottom layers ran in an earlier pass."""
+
+    tokens: Ints
+    """[n], indices of the tokens."""
+    states: Tensor
+    """float32 [n, d] on the decoder's device."""
+
+
+@dataclass(frozen=True, eq=False)
 class Pass:
     """Input of one forward pass."""
 
@@ -81,6 +91,8 @@ class Pass:
     layers: tuple[LayerWork | None, ...]
     """One per decoder layer; None where no token runs it."""
     logit_tokens: Ints
-    """Indices of the tokens whose logits are wanted (the last of each row that emits)."""
+    """Indices of the tokens whose logits are wanted: the last of each row that emits, and with a draft all of its row."""
     state_sums: StateSums | None = None
     """Whose states to add up, if anybody's."""
+    given: GivenStates | None = None
+    """Who does not begin at the bottom, if anybody."""

@@ -6,6 +6,7 @@ not depend on the batch around it, to the last bit: every sum is taken in the sa
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -78,6 +79,12 @@ class NativeDecoder:
         sums = work.state_sums
         one.groups, one.sums = (sums.groups.ctypes.data, sums.sums.data_ptr()) if sums else (None, None)
         one.num_groups = sums.sums.shape[1] if sums else 0
+        given = None
+        if work.given:
+            given = np.full(len(work.token_ids), -1)
+            given[work.given.tokens] = np.arange(len(work.given.tokens))
+        one.given = given.ctypes.data if given is not None else None
+        one.states = work.given.states.data_ptr() if work.given else None
         self.library.run_pass(self.model, one)
         logits = self._buffers["logits"][:num_logits]
         if len(work.token_ids) > KEPT_TOKENS:

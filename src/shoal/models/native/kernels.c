@@ -52,6 +52,8 @@ typedef struct {
     const int64_t *groups;           // [tokens] whose states are added up together, -1 for none; or null
     int64_t num_groups;
     float *sums;                     // [layers + 1, num_groups, hidden]
+    const int64_t *given;            // [tokens] which of `states` a token brings instead of its embedding, -1 for none; or null
+    const float *states;             // [given, hidden]
 } Pass;
 
 typedef struct {
@@ -105,6 +107,10 @@ static void embed(Team *team, const Model *m, const Pass *p) {
     for (int64_t token = team->thread; token < p->num_tokens; token += team->shared->num_threads) {
         const int64_t id = p->token_ids[token];
         float *x = p->x + token * d;
+        if (p->given && p->given[token] >= 0) {
+            memcpy(x, p->states + p->given[token] * d, d * sizeof(float));
+            continue;
+        }
         const float *position = e->positions ? e->positions + (p->positions[token] + e->offset) * d : NULL;
         for (int64_t k = 0; k < d; k++) {
             if (!e->rows) x[k] = unpacked(&m->head, id, k);

@@ -153,6 +153,8 @@ class Pass(Structure):
         ("groups", c_void_p),
         ("num_groups", c_int64),
         ("sums", c_void_p),
+        ("given", c_void_p),
+        ("states", c_void_p),
     )
 
 

@@ -1,0 +1,105 @@
+"""What `draft=` may be: how a request is drafted for. None of it changes an output."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from shoal.depth.plan import DepthPlan, DepthPolicy
+from shoal.engine.drafting import MAX_DRAFT_TOKENS
+from shoal.errors import InvalidDraft
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """A way to draft."""
+
+    tokens: int | None = None
+    """Draft as many tokens as this in every pass; None lets the step-time model decide, down to none at all."""
+
+    def __post_init__(self) -> None:
+        if self.tokens is not None and not (isinstance(self.tokens, int) and 1 <= self.tokens <= MAX_DRAFT_TOKENS):
+            raise InvalidDraft(
+                f"tokens must be 1 to {MAX_DRAFT_TOKENS}, or None to let the engine decide, got {self.tokens!r}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class NGram(Choice):
+    """Copy what followed the last tokens where they first stood in the request's own text (CopySpec)."""
+
+    match_tokens: int = 3
+    """How many tokens have to be the same."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (isinstance(self.match_tokens, int) and self.match_tokens >= 1):
+            raise InvalidDraft(f"match_tokens must be 1 or more, got {self.match_tokens!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suffix(Choice):
+    """Follow what most often came after the longest end of the text that has occurred before (SuffixDecoding)."""
+
+    scope: str | None = None
+    """Requests of one scope also draft from each other's finished outputs: whoever shares a scope can guess at what others were
+    told, from speed alone. None keeps to the request's own text."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trigram(Choice):
+    """Follow a table of which token follows which two, learnt from a corpus and from what the engine emits (ADED)."""
+
+    corpus: str | None = None
+    """A text file to begin with, one text per line."""
+    scope: str | None = None
+    """Requests of one scope share a table; None has one per corpus."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelfDraft(Choice):
+    """Draft with some layers of the same model."""
+
+    plan: DepthPlan | DepthPolicy | None = None
+    """Which ones; None is the policy that the checkpoint was tuned with, at the smallest depth that it was tuned for, or a quarter
+    of the layers from the bottom where it was not."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SmallModel(Choice):
+    """Draft with a smaller model."""
+
+    path: str
+    """A checkpoint directory or hub id with the same tokenizer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Auto(Choice):
+    """Suffix drafting where the text repeats itself, otherwise self-drafting where the checkpoint was tuned for depth; per row and
+    pass, whichever promises more."""
+
+
+NAMES: Mapping[str, Choice] = {
+    "auto": Auto(),
+    "self": SelfDraft(),
+    "ngram": NGram(),
+    "suffix": Suffix(),
+    "trigram": Trigram(),
+}
+
+
+def choice_of(draft: object) -> Choice:
+    """What `draft=` means. Raises `InvalidDraft` with what is allowed."""
+    if isinstance(draft, Choice):
+        return draft
+    if isinstance(draft, str | os.PathLike):
+        name = os.fspath(draft)
+        if name in NAMES:
+            return NAMES[name]
+        if isinstance(draft, os.PathLike) or "/" in name or Path(name).is_dir():
+            return SmallModel(path=name)
+    raise InvalidDraft(
+        f"draft must be one of {', '.join(NAMES)}, the path of a smaller checkpoint, a class of shoal.draft or None, got {draft!r}"
+    )

@@ -1,0 +1,134 @@
+"""Drafting with a smaller model that has the same tokenizer (Leviathan et al. 2023; Chen et al. 2023).
+
+It keeps a cache of its own, one slot per slot of the engine. Each time it first catches up with what the request has emitted since,
+in one ragged pass over all rows; positions of drafts that were taken back are written over.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from shoal.depth.cost import flops
+from shoal.draft.confidence import CONFIDENCE_PRIORS, most_probable
+from shoal.draft.proposal import NOTHING, GoOn, Proposal
+from shoal.engine.batch import Rows, build_pass, deepest_first
+from shoal.engine.cache import KVCache
+from shoal.engine.drafting import DraftRow, num_matching
+from shoal.engine.request import Request
+from shoal.engine.runner import Runner, free_bytes
+from shoal.engine.slots import pairs
+from shoal.engine.step_time import StepTime, pass_work
+from shoal.models.executor import Executor
+from shoal.models.passes import Ints
+
+
+@dataclass(eq=False)
+class Follower:
+    """How far the small model is with one request."""
+
+    slot: int
+    """In the small model's cache."""
+    engine_slot: int
+    """In the engine's, where costs are noted."""
+    sure: int = 0
+    """Leading tokens of `seen` that the request has emitted or was given."""
+    seen: list[int] = field(default_factory=list)
+    """Tokens that its cache holds, drafts among them."""
+    behind: list[int] = field(default_factory=list)
+    """What its next pass brings: tokens of the request, or its own last."""
+    tokens: list[int] = field(default_factory=list)
+    """Its draft."""
+    evidence: list[int] = field(default_factory=list)
+
+
+class SmallModelProposer:
+    """Drafts with another model. Evidence: the probability that it gives the drafted token."""
+
+    priors = CONFIDENCE_PRIORS
+    runs_model = True
+
+    def __init__(self, runner: Runner, decoder: Executor) -> None:
+        """`runner`: of the model that verifies; `decoder`: the small one."""
+        self.runner, self.decoder = runner, decoder
+        self.shape = decoder.config.shape
+        self.cache = KVCache(
+            self.shape,
+            dtype=decoder.dtype,
+            device=decoder.device,
+            num_slots=runner.cache.num_slots,
+            budget_bytes=free_bytes(decoder.device) // 2,
+        )
+        self.step_time = StepTime()
+        self._followers: dict[Request, Follower] = {}
+
+    def propose(self, rows: Sequence[DraftRow], most: Sequence[int], go_on: GoOn) -> list[Proposal]:
+        """As in `Proposer`."""
+        limits = [min(count, self._room(row)) for row, count in zip(rows, most, strict=True)]
+        asked = [(self._follow(row), limit) for row, limit in zip(rows, limits, strict=True) if limit]
+        while going := [one for one, limit in asked if len(one.tokens) < limit and one.behind]:
+            self._pass(going)
+            for one in going:
+                one.behind = one.tokens[-1:] if go_on(one.evidence) else []
+        drafts = [self._followers[row.request] if limit else None for row, limit in zip(rows, limits, strict=True)]
+        return [Proposal(tokens=tuple(one.tokens), evidence=tuple(one.evidence)) if one else NOTHING for one in drafts]
+
+    def seconds(self, rows: Sequence[DraftRow]) -> float | None:
+        """As in `Proposer`; of a pass with one token per row."""
+        ones = np.ones(len(rows), dtype=np.int64)
+        starts = np.array([row.position for row in rows])
+        return self.step_time.seconds(pass_work(self._served(ones), starts, ones, len(rows)))
+
+    def ended(self, request: Request) -> None:
+        """As in `Proposer`."""
+        follower = self._followers.pop(request, None)
+        if follower is not None:
+            self.cache.release(follower.slot)
+
+    def _room(self, row: DraftRow) -> int:
+        """Tokens that the small model's positions leave, none where it has too few."""
+        return max(0, self.decoder.config.max_positions - row.position - 1)
+
+    def _follow(self, row: DraftRow) -> Follower:
+        """Where the small model is, with an empty draft and what it has not seen of the request: at least the last token."""
+        request = row.request
+        one = self._followers.get(request)
+        if one is None:
+            self.cache.reserve(len(request.prompt) + request.sampling.max_new_tokens)
+            one = self._followers[request] = Follower(self.cache.acquire(), row.slot)
+        known = [*request.prompt, *request.output]
+        kept = min(one.sure + num_matching(one.seen[one.sure :], known[one.sure :]), len(known) - 1)
+        del one.seen[kept:]
+        one.sure = kept
+        one.behind, one.tokens, one.evidence = known[kept:], [], []
+        return one
+
+    def _pass(self, going: Sequence[Follower]) -> None:
+        """One pass of the small model: everyone catches up and gets a token."""
+        began = time.perf_counter()
+        followers = {one.slot: one for one in going}
+        counts = np.array([len(one.behind) for one in going])
+        starts = np.array([len(one.seen) for one in going])
+        served = self._served(counts)
+        rows = deepest_first(Rows(slots=np.array(list(followers)), starts=starts, num_tokens=counts, served=served))
+        self.cache.hold(rows.slots, rows.starts[:, None] + rows.served)
+        ordered = [followers[slot] for slot in rows.slots.tolist()]
+        token_ids = [token for one in ordered for token in one.behind]
+        logits = self.decoder(build_pass(rows, token_ids, np.ones(len(ordered), dtype=np.int64)), self.cache)
+        for one, token, bin_ in zip(ordered, *most_probable(logits), strict=True):
+            one.seen += one.behind
+            one.tokens.append(token)
+            one.evidence.append(bin_)
+        for one, count, num_pairs in zip(ordered, rows.num_tokens, pairs(rows.starts, rows.served), strict=True):
+            self.runner.slots.small_model_flops[one.engine_slot] += flops(
+                self.shape, layer_tokens=self.shape.num_layers * int(count), layer_pairs=int(num_pairs), heads=1
+            )
+        work = pass_work(rows.served, rows.starts, rows.num_tokens, len(ordered))
+        self.step_time.observe(work, time.perf_counter() - began)
+
+    def _served(self, counts: Ints) -> Ints:
+        """[R, L]: every layer serves every token."""
+        return np.repeat(counts[:, None], self.shape.num_layers, axis=1)
