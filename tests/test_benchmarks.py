@@ -124,7 +124,9 @@ def test_drafting_emits_the_same_tokens() -> None:
         rows = {row["draft"]: row for row in one["variants"]}
         assert rows.keys() == {"none", "ngram", "suffix", "trigram", "auto", "self", "small model"}
         assert all(row["same_tokens"] == 1 for row in rows.values())
-        assert all({"speedup", "acceptance", "draft_share", "tokens_per_pass", "off"} <= row.keys() for row in rows.values())
+        assert all(
+            {"speedup", "acceptance", "draft_share", "tokens_per_pass", "off"} <= row.keys() for row in rows.values()
+        )
     edited = {row["draft"]: row for row in runs[0]["variants"]}
     assert edited["suffix"]["tokens_per_pass"] > 1.5
     assert edited["suffix"]["acceptance"] > 0.5

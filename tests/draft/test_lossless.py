@@ -46,7 +46,7 @@ def test_tokens_are_the_same(family: str, tmp_path: Path) -> None:
     """SHOAL_LOSSLESS_TOKENS per proposer (1,500): greedy and sampled, any plan, ends in between, and a row that is cancelled."""
     depth = {"n_layer": NUM_LAYERS} if family == "gpt2" else {"num_hidden_layers": NUM_LAYERS}
     big = save(tiny_model(family, **depth), tmp_path / "big")
-    small = save(tiny_model(family, seed=1), tmp_path / "small")
+    small = save(tiny_model(family, **depth), tmp_path / "small")  # itself: another random model would never be right
     rng = random.Random(f"drafting {family}")
     kinds = ways_to_draft(small)
     prompts: list[list[int]] = []
@@ -87,13 +87,11 @@ def test_tokens_are_the_same(family: str, tmp_path: Path) -> None:
     drafting.cancel(*cancelled)
     got = drafting.generate(prompts, samplings, plans, draft=drafts)
 
-    assert library() is not None or family, "without the kernel, near-ties may part rows"
     different = [
         i for i, (ours, plain) in enumerate(zip(got, expected, strict=True)) if ours.token_ids != plain.token_ids
     ]
-    if library() is not None:
-        assert not different
-    assert len(different) <= 0.001 * sum(budget.values())
+    # The kernel's sums do not depend on the pass; elsewhere near-ties may part rows.
+    assert len(different) <= (0 if library() is not None else 0.001 * sum(budget.values()))
     stats = Counter[str]()
     for name, generation in zip(names, got, strict=True):
         assert generation.drafting is not None
@@ -107,4 +105,4 @@ def test_tokens_are_the_same(family: str, tmp_path: Path) -> None:
     print(dict(stats))
     drafting.runner.cache.check_integrity()
     assert not drafting.runner.cache.blocks_in_use
-    assert isinstance(drafting.drafting, DraftStats)
+    assert sum((g.drafting for g in got if g.drafting), DraftStats()).drafted <= drafting.drafting.drafted

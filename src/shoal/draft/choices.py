@@ -59,7 +59,17 @@ class Trigram(Choice):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SelfDraft(Choice):
+class ModelChoice(Choice):
+    """A way to draft with a model."""
+
+    coupled: bool = False
+    """At a temperature, draw the draft and accept a token with probability min(1, p/q): more often than it is the very token that
+    the request would draw. Outputs keep their distribution, but a seed no longer gives the same ones whatever is drafted or shares
+    the batch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelfDraft(ModelChoice):
     """Draft with some layers of the same model."""
 
     plan: DepthPlan | DepthPolicy | None = None
@@ -68,7 +78,7 @@ class SelfDraft(Choice):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SmallModel(Choice):
+class SmallModel(ModelChoice):
     """Draft with a smaller model."""
 
     path: str

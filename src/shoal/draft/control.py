@@ -46,10 +46,12 @@ def lengths(
         for chance, slot in ranked[at:count]:
             expected += chance
             added[slot] += 1
-        at = count
+        before, at = at, count
         took = seconds(tokens, added, slots, step_time)
         if took is None:
-            return trial(ranked[:count]) if count <= TRIAL_TOKENS * len(chances) else added_by(ranked[:best])
+            if not before:
+                return trial(ranked)
+            return added_by(ranked[: count if best == before else best])  # try more where more has been better so far
         if expected / took > best_goodput:
             best, best_goodput = count, expected / took
     return added_by(ranked[:best])
@@ -84,22 +86,23 @@ def model_length(
     tokens: Mapping[int, int],
     slots: SlotTable,
     step_time: StepTime,
-) -> int:
-    """How many tokens a model should draft for `rows` (slots), if each is accepted with `chance`; 0 where none pay.
+) -> int | None:
+    """How many tokens a model should draft for `rows` (slots), if each is accepted with `chance`; 0 where none pay, None where what
+    it takes has not been measured.
 
     Args: `most`: the longest draft; `draft_s`: seconds per token drafted for all rows, None while not measured; `tokens`: by slot,
     what the pass brings without drafts.
     """
     base = seconds(tokens, {}, slots, step_time)
     if base is None or draft_s is None:
-        return min(most, TRIAL_TOKENS)
+        return None
     best, best_goodput = 0, LEAST_GAIN * len(tokens) / base
     gained, before = 0.0, len(tokens) / base
     for count in range(1, most + 1):
         gained += len(rows) * chance**count
         took = seconds(tokens, dict.fromkeys(rows, count), slots, step_time)
         if took is None:
-            return min(most, TRIAL_TOKENS)
+            return None
         goodput = (len(tokens) + gained) / (took + count * draft_s)
         if goodput < before:
             break  # the next token would gain less than this one, and cost as much

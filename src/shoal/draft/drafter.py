@@ -19,7 +19,7 @@ import numpy as np
 
 from shoal.draft.acceptance import Acceptance
 from shoal.draft.choices import Auto, Choice, SelfDraft, Suffix, choice_of
-from shoal.draft.control import STOP_AT, lengths, model_length
+from shoal.draft.control import STOP_AT, TRIAL_TOKENS, lengths, model_length
 from shoal.draft.proposal import NOTHING, Proposal, Proposer
 from shoal.draft.resolve import key_of, make_proposer
 from shoal.engine.drafting import Draft, DraftRow
@@ -32,8 +32,10 @@ LONGEST_MODEL_DRAFT = 8
 """Most tokens that a model drafts for one pass where the engine decides."""
 FIRST_RETRY, LAST_RETRY = 8, 256
 """Passes before a model that did not pay is tried again: half of the first time, and at most."""
-RETRY_TOKENS = 2
-"""Tokens of such a trial."""
+HOPEFUL = 0.4
+"""Share of accepted tokens above which a model is tried at once where its passes have not been measured."""
+SLOW = 1 / 16
+"""Weight of one token in the share of accepted ones."""
 LOOKUP_WORTH = 0.5
 """Chance of its first token from which on a lookup is taken without asking a model."""
 LEAST_CHANCE = 0.05
@@ -72,6 +74,8 @@ class Way:
     proposed: Proposal = NOTHING
     source: Source | None = None
     """Of what is proposed."""
+    verify_all: bool = False
+    """Whether the pass verifies all of it, whatever it is worth."""
     why_not: str | None = None
 
 
@@ -96,7 +100,7 @@ class Drafter:
         for_models: dict[tuple[Source, int | None], list[DraftRow]] = {}
         for row in rows:
             way = ways[row.slot]
-            way.proposed, way.source, way.why_not = NOTHING, None, "nothing to copy"
+            way.proposed, way.source, way.verify_all, way.why_not = NOTHING, None, False, "nothing to copy"
             if not row.most:
                 way.why_not = "only one token left"
                 continue
@@ -105,7 +109,7 @@ class Drafter:
                     for_models.setdefault((source, way.tokens), []).append(row)
                     break
                 (way.proposed,) = source.proposer.propose([row], [min(row.most, way.tokens or row.most)], source.go_on)
-                way.source = source
+                way.source, way.verify_all = source, way.tokens is not None
                 if way.proposed.tokens and source.acceptance.chance(way.proposed.evidence[0]) >= LOOKUP_WORTH:
                     break
         for (source, fixed), asking in for_models.items():
@@ -124,7 +128,7 @@ class Drafter:
             return
         for token, evidence, came in zip(way.proposed.tokens, way.proposed.evidence, token_ids, strict=False):
             source.acceptance.learn(evidence, token == came)
-            source.mean_chance += ((token == came) - source.mean_chance) / 64
+            source.mean_chance += SLOW * ((token == came) - source.mean_chance)
             if token != came:
                 break
 
@@ -147,7 +151,7 @@ class Drafter:
         self, source: Source, fixed: int | None, rows: Sequence[DraftRow], tokens: Mapping[int, int]
     ) -> None:
         """Have a model draft for `rows`, `fixed` tokens each or as many as pay, and take what it proposes."""
-        count = fixed or self._model_length(source, rows, tokens)
+        count, trial = (fixed, False) if fixed else self._model_length(source, rows, tokens)
         if not count:
             for row in rows:
                 if not way_of(row.request).proposed.tokens:
@@ -158,32 +162,28 @@ class Drafter:
         for row, proposal in zip(rows, proposals, strict=True):
             way = way_of(row.request)
             if proposal.tokens:
-                way.proposed, way.source = proposal, source
+                way.proposed, way.source, way.verify_all = proposal, source, bool(fixed) or trial
 
-    def _model_length(self, source: Source, rows: Sequence[DraftRow], tokens: Mapping[int, int]) -> int:
-        """How many tokens a model should draft, 0 for none; a trial now and then where none pay."""
+    def _model_length(self, source: Source, rows: Sequence[DraftRow], tokens: Mapping[int, int]) -> tuple[int, bool]:
+        """How many tokens a model should draft, 0 for none; and whether that is a trial, to learn what it takes and brings."""
         if source.passes_off:
             source.passes_off += 1
             if source.passes_off <= source.retry_after:
-                return 0
+                return 0, False
             source.passes_off = 0
-            return RETRY_TOKENS
-        slots = [row.slot for row in rows]
+            return TRIAL_TOKENS, True
+        slots, step_time = [row.slot for row in rows], self.runner.tally.step_time
         draft_s = source.proposer.seconds(rows)
         count = model_length(
-            source.mean_chance,
-            slots,
-            LONGEST_MODEL_DRAFT,
-            draft_s,
-            tokens,
-            self.runner.slots,
-            self.runner.tally.step_time,
+            source.mean_chance, slots, LONGEST_MODEL_DRAFT, draft_s, tokens, self.runner.slots, step_time
         )
         if count:
             source.retry_after = FIRST_RETRY
-        else:
-            source.passes_off, source.retry_after = 1, min(2 * source.retry_after, LAST_RETRY)
-        return count
+            return count, False
+        if count is None and source.mean_chance > HOPEFUL:
+            return TRIAL_TOKENS, True
+        source.passes_off, source.retry_after = 1, min(2 * source.retry_after, LAST_RETRY)
+        return 0, False
 
     def _lengths(self, ways: Mapping[int, Way], tokens: Mapping[int, int], room: int) -> dict[int, Draft]:
         """Of each proposal what the pass verifies."""
@@ -192,8 +192,8 @@ class Drafter:
         for slot, way in ways.items():
             if way.source is None or not way.proposed.tokens:
                 continue
-            if way.tokens is not None:
-                counts[slot] = min(len(way.proposed.tokens), way.tokens, room)
+            if way.verify_all:
+                counts[slot] = min(len(way.proposed.tokens), room)
                 room -= counts[slot]
                 continue
             likely = [
@@ -215,7 +215,9 @@ def way_of(request: Request) -> Way:
 
 def cut(proposal: Proposal, count: int) -> Draft:
     """The first `count` tokens of a proposal, with the states of the pass's first `count + 1` tokens at most."""
+    tokens, distributions = proposal.tokens[:count], proposal.distributions[:count]
     if proposal.states is None or proposal.done is None:
-        return Draft(tokens=proposal.tokens[:count])
+        return Draft(tokens=tokens, distributions=distributions)
     states = proposal.states[: count + 1]
-    return Draft(tokens=proposal.tokens[:count], states=states, done=np.minimum(proposal.done, len(states)))
+    done = np.minimum(proposal.done, len(states))
+    return Draft(tokens=tokens, distributions=distributions, states=states, done=done)

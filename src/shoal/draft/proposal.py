@@ -24,6 +24,8 @@ class Proposal:
     """In order; none where there is nothing to offer."""
     evidence: tuple[int, ...] = ()
     """Per token a small whole number, how much speaks for it: an index into `Proposer.priors`."""
+    distributions: tuple[Tensor, ...] = ()
+    """As in `Draft`."""
     states: Tensor | None = None
     """As in `Draft`, of the tokens that the proposer's passes consumed."""
     done: Ints | None = None

@@ -19,7 +19,7 @@ from shoal.draft.trigram import TrigramProposer
 from shoal.errors import InvalidDraft
 from shoal.models.checkpoint import load_checkpoint, load_tokenizer
 from shoal.models.directory import resolve
-from shoal.models.executor import make_decoder
+from shoal.models.executor import Executor, make_decoder
 
 if TYPE_CHECKING:
     from shoal.engine.engine import Engine
@@ -42,10 +42,11 @@ def make_proposer(choice: Choice, engine: Engine) -> Proposer:
             return SuffixProposer(shared=scope is not None)
         case Trigram(corpus=corpus):
             return TrigramProposer(read_corpus(corpus, engine.tokenizer) if corpus else ())
-        case SelfDraft(plan=plan):
-            return ShallowProposer(engine.runner, checked(plan or own_policy(engine), engine), engine.tuned)
-        case SmallModel(path=path):
-            return small_model(path, engine)
+        case SelfDraft(plan=plan, coupled=coupled):
+            policy = checked(plan or own_policy(engine), engine)
+            return ShallowProposer(engine.runner, policy, engine.tuned, coupled=coupled)
+        case SmallModel(path=path, coupled=coupled):
+            return SmallModelProposer(engine.runner, small_model(path, engine), coupled=coupled)
     raise TypeError(f"{choice!r} has no proposer")
 
 
@@ -83,7 +84,7 @@ def read_corpus(path: str, tokenizer: Any) -> list[list[int]]:
     return [list(ids) for ids in tokenizer(texts, add_special_tokens=False).input_ids]
 
 
-def small_model(path: str, engine: Engine) -> SmallModelProposer:
+def small_model(path: str, engine: Engine) -> Executor:
     """A smaller checkpoint, in the engine's dtype and on its device. Raises `InvalidDraft` where its tokens are others."""
     decoder = engine.runner.decoder
     directory = resolve(path)
@@ -95,4 +96,4 @@ def small_model(path: str, engine: Engine) -> SmallModelProposer:
         raise InvalidDraft(
             f"{path} cannot draft: it has {config.shape.vocab_size} tokens, the model has {engine.shape.vocab_size}"
         )
-    return SmallModelProposer(engine.runner, make_decoder(config, weights))
+    return make_decoder(config, weights)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -21,8 +22,8 @@ from torch import Tensor
 
 from shoal.depth.checkpoint import TunedDepth
 from shoal.depth.plan import DepthPlan, DepthPolicy
-from shoal.draft.confidence import CONFIDENCE_PRIORS, most_probable
-from shoal.draft.proposal import NOTHING, GoOn, Proposal
+from shoal.draft.model_draft import CONFIDENCE_PRIORS, ModelDraft, extend
+from shoal.draft.proposal import GoOn, Proposal
 from shoal.engine.batch import Rows, build_pass, deepest_first
 from shoal.engine.drafting import DraftRow
 from shoal.engine.intake import resolve_plan
@@ -40,16 +41,18 @@ class ShallowProposer:
     priors = CONFIDENCE_PRIORS
     runs_model = True
 
-    def __init__(self, runner: Runner, policy: DepthPlan | DepthPolicy, tuned: TunedDepth | None) -> None:
-        """`policy`: makes the plan whose layers draft; `tuned` fills its open fields."""
-        self.runner, self.policy, self.tuned = runner, policy, tuned
+    def __init__(
+        self, runner: Runner, policy: DepthPlan | DepthPolicy, tuned: TunedDepth | None, *, coupled: bool
+    ) -> None:
+        """`policy`: makes the plan whose layers draft; `tuned` fills its open fields; `coupled`: see `ModelDraft`."""
+        self.runner, self.policy, self.tuned, self.coupled = runner, policy, tuned, coupled
         self._cutoffs: dict[Request, Ints] = {}
         # Elsewhere running a few layers anew is cheaper than leaving the recorded graphs.
         self.keeps_states = runner.decoder.device.type == "cpu"
 
     def propose(self, rows: Sequence[DraftRow], most: Sequence[int], go_on: GoOn) -> list[Proposal]:
         """As in `Proposer`."""
-        drafts = [ShallowDraft(row, count) for row, count in zip(rows, most, strict=True)]
+        drafts = [ShallowDraft(row, count, coupled=self.coupled) for row, count in zip(rows, most, strict=True)]
         going = [draft for draft in drafts if draft.most]
         if going:
             slots = np.array([draft.row.slot for draft in going])
@@ -121,31 +124,28 @@ class ShallowProposer:
         token_ids = [draft.last_token for draft, _ in ordered]
         work = build_pass(rows, token_ids, rows.num_tokens, state_sums=sums)
         logits = runner.decoder(work, runner.cache)
-        tokens, evidence = most_probable(logits)
-        for at, (draft, level) in enumerate(ordered):
-            if sums:
+        extend([draft for draft, _ in ordered], logits)
+        if sums:
+            for at, (draft, level) in enumerate(ordered):
                 draft.keep(level, sums.sums[:, at])
-            draft.tokens.append(tokens[at])
-            draft.evidence.append(evidence[at])
         runner.slots.record_draft(rows)
         runner.tally.note_draft(rows, time.perf_counter() - began)
         return drafts
 
 
-class ShallowDraft:
-    """A draft under way."""
+class ShallowDraft(ModelDraft):
+    """A draft under way, with the states that its passes share with the plan."""
 
-    def __init__(self, row: DraftRow, most: int) -> None:
+    def __init__(self, row: DraftRow, most: int, *, coupled: bool) -> None:
+        super().__init__(row.request, coupled=coupled)
         self.row, self.most = row, most
-        self.tokens: list[int] = []
-        self.evidence: list[int] = []
         self.states: list[Tensor] = []
         self.levels: list[int] = []
 
     @property
     def last_token(self) -> int:
         """What the next pass consumes."""
-        return self.tokens[-1] if self.tokens else self.row.request.output[-1]
+        return self.tokens[-1] if self.tokens else self.request.output[-1]
 
     def keep(self, level: int, states: Tensor) -> None:
         """Keep the state before layer `level`, or lower, of the token that was consumed, from states [L + 1, d].
@@ -158,12 +158,9 @@ class ShallowDraft:
 
     def proposal(self) -> Proposal:
         """What has been drafted."""
-        if not self.tokens:
-            return NOTHING
-        tokens, evidence = tuple(self.tokens), tuple(self.evidence)
-        if not self.levels or not self.levels[0]:
-            return Proposal(tokens=tokens, evidence=evidence)
-        num_layers = len(self.row.request.plan.cutoffs)
+        whole = super().proposal()
         levels = np.array([level for level in self.levels if level])  # descending
-        done: Ints = (levels[:, None] > np.arange(num_layers)).sum(axis=0)
-        return Proposal(tokens=tokens, evidence=evidence, states=torch.stack(self.states[: len(levels)]), done=done)
+        if not len(levels):
+            return whole
+        done: Ints = (levels[:, None] > np.arange(self.request.plan.num_layers)).sum(axis=0)
+        return replace(whole, states=torch.stack(self.states[: len(levels)]), done=done)

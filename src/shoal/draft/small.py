@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from shoal.depth.cost import flops
-from shoal.draft.confidence import CONFIDENCE_PRIORS, most_probable
-from shoal.draft.proposal import NOTHING, GoOn, Proposal
+from shoal.draft.model_draft import CONFIDENCE_PRIORS, ModelDraft, extend
+from shoal.draft.proposal import GoOn, Proposal
 from shoal.engine.batch import Rows, build_pass, deepest_first
 from shoal.engine.cache import KVCache
 from shoal.engine.drafting import DraftRow, num_matching
@@ -40,9 +40,6 @@ class Follower:
     """Tokens that its cache holds, drafts among them."""
     behind: list[int] = field(default_factory=list)
     """What its next pass brings: tokens of the request, or its own last."""
-    tokens: list[int] = field(default_factory=list)
-    """Its draft."""
-    evidence: list[int] = field(default_factory=list)
 
 
 class SmallModelProposer:
@@ -51,9 +48,9 @@ class SmallModelProposer:
     priors = CONFIDENCE_PRIORS
     runs_model = True
 
-    def __init__(self, runner: Runner, decoder: Executor) -> None:
-        """`runner`: of the model that verifies; `decoder`: the small one."""
-        self.runner, self.decoder = runner, decoder
+    def __init__(self, runner: Runner, decoder: Executor, *, coupled: bool) -> None:
+        """`runner`: of the model that verifies; `decoder`: the small one; `coupled`: see `ModelDraft`."""
+        self.runner, self.decoder, self.coupled = runner, decoder, coupled
         self.shape = decoder.config.shape
         self.cache = KVCache(
             self.shape,
@@ -67,14 +64,17 @@ class SmallModelProposer:
 
     def propose(self, rows: Sequence[DraftRow], most: Sequence[int], go_on: GoOn) -> list[Proposal]:
         """As in `Proposer`."""
+        drafts = [ModelDraft(row.request, coupled=self.coupled) for row in rows]
         limits = [min(count, self._room(row)) for row, count in zip(rows, most, strict=True)]
-        asked = [(self._follow(row), limit) for row, limit in zip(rows, limits, strict=True) if limit]
-        while going := [one for one, limit in asked if len(one.tokens) < limit and one.behind]:
-            self._pass(going)
-            for one in going:
-                one.behind = one.tokens[-1:] if go_on(one.evidence) else []
-        drafts = [self._followers[row.request] if limit else None for row, limit in zip(rows, limits, strict=True)]
-        return [Proposal(tokens=tuple(one.tokens), evidence=tuple(one.evidence)) if one else NOTHING for one in drafts]
+        going = [
+            (draft, self._follow(row), limit) for draft, row, limit in zip(drafts, rows, limits, strict=True) if limit
+        ]
+        while going:
+            self._pass([(draft, follower) for draft, follower, _ in going])
+            going = [one for one in going if len(one[0].tokens) < one[2] and go_on(one[0].evidence)]
+            for draft, follower, _ in going:
+                follower.behind = draft.tokens[-1:]
+        return [draft.proposal() for draft in drafts]
 
     def seconds(self, rows: Sequence[DraftRow]) -> float | None:
         """As in `Proposer`; of a pass with one token per row."""
@@ -93,7 +93,7 @@ class SmallModelProposer:
         return max(0, self.decoder.config.max_positions - row.position - 1)
 
     def _follow(self, row: DraftRow) -> Follower:
-        """Where the small model is, with an empty draft and what it has not seen of the request: at least the last token."""
+        """Where the small model is, with what it has not seen of the request: at least the last token."""
         request = row.request
         one = self._followers.get(request)
         if one is None:
@@ -103,25 +103,24 @@ class SmallModelProposer:
         kept = min(one.sure + num_matching(one.seen[one.sure :], known[one.sure :]), len(known) - 1)
         del one.seen[kept:]
         one.sure = kept
-        one.behind, one.tokens, one.evidence = known[kept:], [], []
+        one.behind = known[kept:]
         return one
 
-    def _pass(self, going: Sequence[Follower]) -> None:
+    def _pass(self, going: Sequence[tuple[ModelDraft, Follower]]) -> None:
         """One pass of the small model: everyone catches up and gets a token."""
         began = time.perf_counter()
-        followers = {one.slot: one for one in going}
-        counts = np.array([len(one.behind) for one in going])
-        starts = np.array([len(one.seen) for one in going])
+        by_slot = {follower.slot: (draft, follower) for draft, follower in going}
+        counts = np.array([len(follower.behind) for _, follower in going])
+        starts = np.array([len(follower.seen) for _, follower in going])
         served = self._served(counts)
-        rows = deepest_first(Rows(slots=np.array(list(followers)), starts=starts, num_tokens=counts, served=served))
+        rows = deepest_first(Rows(slots=np.array(list(by_slot)), starts=starts, num_tokens=counts, served=served))
         self.cache.hold(rows.slots, rows.starts[:, None] + rows.served)
-        ordered = [followers[slot] for slot in rows.slots.tolist()]
+        drafts, ordered = zip(*(by_slot[slot] for slot in rows.slots.tolist()), strict=True)
         token_ids = [token for one in ordered for token in one.behind]
         logits = self.decoder(build_pass(rows, token_ids, np.ones(len(ordered), dtype=np.int64)), self.cache)
-        for one, token, bin_ in zip(ordered, *most_probable(logits), strict=True):
+        extend(drafts, logits)
+        for one in ordered:
             one.seen += one.behind
-            one.tokens.append(token)
-            one.evidence.append(bin_)
         for one, count, num_pairs in zip(ordered, rows.num_tokens, pairs(rows.starts, rows.served), strict=True):
             self.runner.slots.small_model_flops[one.engine_slot] += flops(
                 self.shape, layer_tokens=self.shape.num_layers * int(count), layer_pairs=int(num_pairs), heads=1

@@ -42,6 +42,9 @@ class Draft:
 
     tokens: tuple[int, ...]
     """1 to `MAX_DRAFT_TOKENS`."""
+    distributions: tuple[Tensor, ...] = ()
+    """Where tokens were drawn and are to be accepted with probability min(1, p/q): q of each, float32 [V] and normalised. Outputs
+    then depend on the draft, though not their distribution."""
     states: Tensor | None = None
     """float32 [n, d]: states of the first n tokens of the pass (the last committed one, then drafted ones) after the layers in
     `done`, which need not run them again; None where there are none."""

@@ -94,7 +94,8 @@ class Runner:
         logits = self.decoder(build_pass(rows, token_ids, num_logits, state_sums=sums, given=given), self.cache)
         emitting = [row for row, emit in enumerate(emits) if emit]
         proposed = [drafted[row].tokens if drafted[row] else () for row in emitting]  # type: ignore[union-attr]
-        sampled = verify(logits, [requests[row] for row in emitting], proposed)
+        coupled = {i: draft.distributions for i, row in enumerate(emitting) if (draft := drafted[row]) is not None}
+        sampled = verify(logits, [requests[row] for row in emitting], proposed, coupled)
 
         decodes = self.slots.decodes(rows)
         committed = rows.num_tokens

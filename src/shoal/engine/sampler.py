@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -11,9 +12,11 @@ import torch
 from torch import Tensor
 
 from shoal.engine.request import Request, TokenLogprobs
-from shoal.engine.sampling import uniform_noise
+from shoal.engine.sampling import Sampling, uniform_noise
 from shoal.errors import RequestFailed
 
+COIN = 0xC0E5CED
+"""Makes of a request's seed the seed of the coins that accept drafts by coupling."""
 TOP_P_PREFIX = 1024
 """Most probable tokens looked at before a whole vocabulary is sorted for top-p."""
 
@@ -35,22 +38,29 @@ def sample(logits: Tensor, requests: Sequence[Request]) -> list[Sampled | Reques
 
 
 def verify(
-    logits: Tensor, requests: Sequence[Request], drafts: Sequence[Sequence[int]]
+    logits: Tensor,
+    requests: Sequence[Request],
+    drafts: Sequence[Sequence[int]],
+    proposals: Mapping[int, Sequence[Tensor]] = MappingProxyType({}),
 ) -> list[list[Sampled | RequestFailed]]:
     """The next tokens of each request: those of its draft that it would have chosen itself, and one more. Changes nothing.
 
     Ends with the first token that differs from the draft (recovered), that ends the request, or that cannot be chosen.
 
-    Args: logits [rows, V] in the model's dtype, per request one row after its last token and one after each drafted token.
+    Args: logits [rows, V] in the model's dtype, per request one row after its last token and one after each drafted token;
+    `proposals`: by index of a request, where its draft is to be accepted by coupled distributions, those that its tokens were drawn
+    from, each float32 [V] and normalised.
     """
     best, finite = greedy(logits)
     tokens: list[list[Sampled | RequestFailed]] = []
     row = 0
-    for request, draft in zip(requests, drafts, strict=True):
+    for index, (request, draft) in enumerate(zip(requests, drafts, strict=True)):
+        coupled = proposals.get(index, ())
         taken: list[Sampled | RequestFailed] = []
         for num_ahead in range(len(draft) + 1):
             at = row + num_ahead
-            one = next_token(logits[at], best[at], finite[at], request, draft[:num_ahead])
+            proposal = (draft[num_ahead], coupled[num_ahead]) if num_ahead < len(coupled) else None
+            one = next_token(logits[at], best[at], finite[at], request, draft[:num_ahead], proposal)
             taken.append(one)
             if isinstance(one, RequestFailed) or one.token in request.stop_token_ids:
                 break
@@ -64,14 +74,22 @@ def verify(
 
 
 def next_token(
-    logits: Tensor, most_probable: int, finite: bool, request: Request, ahead: Sequence[int]
+    logits: Tensor,
+    most_probable: int,
+    finite: bool,
+    request: Request,
+    ahead: Sequence[int],
+    proposal: tuple[int, Tensor] | None,
 ) -> Sampled | RequestFailed:
-    """What the request emits after its output and the accepted tokens `ahead`, from logits [V]."""
+    """What the request emits after its output and the accepted tokens `ahead`, from logits [V].
+
+    Args: `proposal`: a drafted token and the distribution that it was drawn from, to be accepted by coupling.
+    """
     if not finite:
         where = f"prompt {request.index}, after {len(request.output) + len(ahead)} new tokens"
         return RequestFailed(f"logits are not finite ({where}): the weights or the dtype's range are at fault")
     try:
-        token = most_probable if request.sampling.plain_greedy else choose(logits.float(), request, ahead)
+        token = most_probable if request.sampling.plain_greedy else choose(logits.float(), request, ahead, proposal)
     except RequestFailed as error:
         return error
     num_top = request.sampling.logprobs
@@ -92,10 +110,12 @@ def greedy(logits: Tensor) -> tuple[list[int], list[bool]]:
     return indices.tolist(), largest.isfinite().tolist()
 
 
-def choose(logits: Tensor, request: Request, ahead: Sequence[int] = ()) -> int:
+def choose(
+    logits: Tensor, request: Request, ahead: Sequence[int] = (), proposal: tuple[int, Tensor] | None = None
+) -> int:
     """One token from float32 logits [V]: penalties, bias, the user's processor, temperature, top-k, top-p, min-p, the draw.
 
-    Args: `ahead`: accepted tokens that are not in the request's output yet.
+    Args: `ahead`: accepted tokens that are not in the request's output yet; `proposal`: see `next_token`.
 
     Raises `RequestFailed` if the user's processor raises, returns something else than logits or leaves nothing to choose from.
     """
@@ -106,6 +126,16 @@ def choose(logits: Tensor, request: Request, ahead: Sequence[int] = ()) -> int:
         raise RequestFailed(f"prompt {request.index}: penalties, bias or processor left no finite logit to choose from")
     if sampling.temperature == 0:
         return int(logits.argmax())
+    probabilities = distribution(logits, sampling)
+    noise = uniform_noise(sampling.seed, request.sample, len(output))
+    if proposal is None:
+        return draw(probabilities, noise)
+    coin = uniform_noise(sampling.seed ^ COIN, request.sample, len(output))
+    return couple(probabilities / probabilities.sum(), *proposal, coin=coin, noise=noise)
+
+
+def distribution(logits: Tensor, sampling: Sampling) -> Tensor:
+    """What a token is drawn from, [V] and not normalised: from float32 logits [V] by temperature (above 0), top-k, top-p, min-p."""
     # From the largest logit down, so that a tiny temperature gives -inf for the others and not inf - inf.
     logits = (logits - logits.max()) / max(sampling.temperature, torch.finfo(logits.dtype).tiny)
     if sampling.top_k is not None and sampling.top_k < len(logits):
@@ -115,10 +145,26 @@ def choose(logits: Tensor, request: Request, ahead: Sequence[int] = ()) -> int:
         probabilities[probabilities < nucleus_floor(probabilities, sampling.top_p)] = 0
     if sampling.min_p:
         probabilities[probabilities < sampling.min_p * probabilities.max()] = 0
+    return probabilities
+
+
+def draw(probabilities: Tensor, noise: float) -> int:
+    """The token at `noise` in [0, 1) of the cumulative distribution of `probabilities` [V], normalised or not."""
     cumulative = probabilities.double().cumsum(dim=-1)
-    noise = uniform_noise(sampling.seed, request.sample, len(output))
     # First token whose cumulative probability exceeds the draw; a token of probability 0 never does so first.
-    return int(torch.searchsorted(cumulative, noise * cumulative[-1:], right=True).clamp(max=len(logits) - 1))
+    return int(torch.searchsorted(cumulative, noise * cumulative[-1:], right=True).clamp(max=len(probabilities) - 1))
+
+
+def couple(p: Tensor, drafted: int, q: Tensor, *, coin: float, noise: float) -> int:
+    """A token distributed as `p` [V], given one drawn from `q` [V]: that one with probability min(1, p/q), otherwise one of what p
+    has more than q (Leviathan et al. 2023, section 2.3). `coin` and `noise`, in [0, 1), are independent of the draw from q.
+
+    Example: p = (0.5, 0.5), q = (1, 0): token 0 was drafted, is kept half of the time, and replaced by token 1 otherwise.
+    """
+    if coin * float(q[drafted]) < float(p[drafted]):
+        return drafted
+    more = (p - q).clamp(min=0)
+    return draw(more if float(more.sum()) > 0 else p, noise)
 
 
 def adjust(logits: Tensor, request: Request, output: list[int]) -> Tensor:
