@@ -126,9 +126,14 @@ def test_long_outputs_compares_losses_by_position(tmp_path: Path) -> None:
     assert "<svg" in (tmp_path / "work" / "long_outputs.svg").read_text(encoding="utf-8")
 
 
-def test_suits_order_compares_with_the_recipes_arms(e2e: Path, tmp_path: Path) -> None:
+def test_suits_and_self_drafting_compare_the_recipes_arms(e2e: Path, tmp_path: Path) -> None:
     options = ["--data", e2e, "--work", tmp_path / "work"]
     run("recipe.py", *options, "--arms", "any", "any-unified")
+    drafted, _ = run("self_drafting.py", *options)
+    (model,) = drafted["models"]
+    assert model["model"] == "any depth"
+    assert [row["same_tokens"] for row in model["depths"]] == [4, 4, 4]
+    assert all(1 <= row["tokens_per_pass"] <= 5 for row in model["depths"])
     result, _ = run("suits_order.py", *options)
     assert [depth["depth"] for depth in result["depths"]] == [1 / 2, 1 / 3, 1 / 5]
     for depth in result["depths"]:
