@@ -94,11 +94,13 @@ def expected_distribution(logits: Tensor, request: Any) -> Tensor:
     return distribution(adjust(logits.clone(), request, request.output), request.sampling)
 
 
-def test_whole_texts(make_engine: Callable[..., Engine]) -> None:
-    """Three tokens of 3,000 seeds from an engine that drafts with two layers, against as many other seeds without."""
+@pytest.mark.parametrize("tokens", [2, None])
+def test_whole_texts(make_engine: Callable[..., Engine], tokens: int | None) -> None:
+    """Four tokens of 3,000 seeds from an engine that drafts with two layers, against as many other seeds without; lengths are fixed,
+    or the engine's choice, which must not depend on what was drawn."""
     engine = make_engine(max_batch=32)
     bottom = EarlyTermination(min_layers=2, max_layers=2)
-    draft = SelfDraft(plan=bottom, tokens=2, coupled=True)
+    draft = SelfDraft(plan=bottom, tokens=tokens, coupled=True)
 
     def texts(first_seed: int, how: object) -> tuple[Counter[tuple[int, ...]], int, int]:
         samplings = [

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shoal.draft import suffix
 from shoal.draft.ngram import Copied, NGramProposer
-from shoal.draft.suffix import LEAST, SuffixIndex, SuffixProposer
+from shoal.draft.suffix import LEAST, LONGEST, Matches, SuffixIndex, SuffixProposer
 from shoal.draft.trigram import TrigramProposer
 
 TEXT = st.lists(st.integers(0, 3), max_size=60)
@@ -38,12 +39,21 @@ def test_ngram_copies_from_the_first_place(text: list[int], n: int) -> None:
     assert copied.continuation(10) == (text[places[0] :][:10] if places else [])
 
 
+def follow(text: list[int]) -> tuple[Matches, SuffixIndex]:
+    """A text and where its end stands in it."""
+    matches, index = Matches(), SuffixIndex()
+    for token in text:
+        if index.tokens:
+            matches.move(index, index.tokens[-1], token)
+        index.append(token)
+    return matches, index
+
+
 @given(TEXT)
 def test_suffix_follows_the_longest_match(text: list[int]) -> None:
     """The first token is the commonest after the longest end that has stood before, and its share is right."""
-    index = SuffixIndex()
-    index.extend(index.begin(), text)
-    tokens, length, shares = index.draft(text, 8)
+    matches, index = follow(text)
+    tokens, length, shares = matches.draft(index, 8)
     longest, followers = 0, Counter[int]()
     for candidate in range(LEAST, len(text)):
         ends = [
@@ -58,16 +68,25 @@ def test_suffix_follows_the_longest_match(text: list[int]) -> None:
         assert shares[0] == followers[tokens[0]] / followers.total()
 
 
+@given(st.lists(st.integers(0, 3), min_size=2, max_size=30), st.lists(st.integers(0, 3), max_size=200))
+def test_suffix_follows_places_that_are_far_back(text: list[int], between: list[int]) -> None:
+    """A match that began at a place goes on there, however many later places its pairs have."""
+    whole = [9, *text, 8, *between, 9, *text[:-1]]
+    matches, index = follow(whole)
+    tokens, length, _ = matches.draft(index, 4)
+    assert length >= min(len(text), LONGEST)
+    if length == len(text):
+        assert tokens[0] == text[-1]
+
+
 def test_the_example_of_suffix() -> None:
     """a b c x  a b c y  a b c x  z a b c."""
     a, b, c, x, y, z = range(6)
-    text = [a, b, c, x, a, b, c, y, a, b, c, x, z, a, b, c]
-    index = SuffixIndex()
-    index.extend(index.begin(), text)
-    assert index.draft(text, 5) == ([x, a, b, c, y], 3, [2 / 3, 1 / 2, 1.0, 1.0, 1.0])
+    matches, index = follow([a, b, c, x, a, b, c, y, a, b, c, x, z, a, b, c])
+    assert matches.draft(index, 5) == ([x, a, b, c, y], 3, [2 / 3, 1 / 2, 1.0, 1.0, 1.0])
     # Without z, the longest end that stood before is a b c x a b c, once, and y came after it.
-    index.extend(index.begin(), [a, b, c, x])
-    assert index.draft([*text[:12], a, b, c], 1) == ([y], 7, [1.0])
+    matches, index = follow([a, b, c, x, a, b, c, y, a, b, c, x, a, b, c])
+    assert matches.draft(index, 1) == ([y], 7, [1.0])
 
 
 def test_finished_texts_are_shared_by_choice() -> None:
@@ -81,16 +100,21 @@ def test_finished_texts_are_shared_by_choice() -> None:
         assert proposal.tokens == ((6, 7) if shared else ())
 
 
-@given(st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=20), min_size=1, max_size=8))
-def test_forgotten_texts_leave_nothing(texts: list[list[int]]) -> None:
-    index = SuffixIndex()
-    for text in texts:
-        index.extend(index.begin(), text)
-    for _ in texts:
-        index.drop_oldest()
-    assert index.num_tokens == 0
-    assert not index._ends
-    assert not index._texts
+def test_old_texts_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scope keeps the newest half, and a request that runs goes on with what is left."""
+    monkeypatch.setattr(suffix, "MAX_SHARED_TOKENS", 40)
+    proposer = SuffixProposer(shared=True)
+    late = request([90, 91], [])
+    assert not proposer.look_up(late, 4).tokens
+    for number in range(12):
+        one = request([number, number + 1], [number + 2, number + 3, number + 4, number + 5])
+        proposer.look_up(one, 4)
+        proposer.ended(one)
+        assert proposer.finished is not None
+        assert len(proposer.finished.tokens) <= 40
+    late.output += [12, 13]
+    assert proposer.look_up(late, 2).tokens[0] == 14
+    assert proposer.look_up(request([1, 2], []), 4).tokens == ()
 
 
 def test_trigrams_learn_from_what_came() -> None:

@@ -98,7 +98,7 @@ class RandomDrafter:
         self.rng = rng
         self.running: set[int] = set()
 
-    def resolve(self, draft: object) -> object:
+    def resolve(self, draft: object, prompt_tokens: int, max_new_tokens: int) -> object:
         return draft
 
     def propose(self, rows: Sequence[DraftRow], tokens: Mapping[int, int], room: int) -> dict[int, Draft]:

@@ -37,7 +37,7 @@ class Knowing:
         self.ends: list[int] = []
         self.emitted: dict[int, list[int]] = {}
 
-    def resolve(self, draft: object) -> object:
+    def resolve(self, draft: object, prompt_tokens: int, max_new_tokens: int) -> object:
         return draft
 
     def propose(self, rows: Sequence[DraftRow], tokens: Mapping[int, int], room: int) -> dict[int, Draft]:
@@ -140,7 +140,7 @@ def test_whatever_is_drafted(way: str, longest: int, checkpoint: Path, tokenizer
         stats = ours.drafting
         assert stats is not None
         assert stats.passes + stats.passes_without == ours.ledger.decode_steps
-        assert stats.recovered + stats.bonus == stats.passes
+        assert stats.passes - 1 <= stats.recovered + stats.bonus <= stats.passes  # the last may end within a draft
         assert stats.off == ({"not this time": stats.passes_without} if stats.passes_without else {})
     total = sum((g.drafting for g in got if g.drafting is not None), DraftStats())
     assert total == engine.drafting

@@ -104,7 +104,7 @@ def test_against_the_obvious(sampling: Sampling, seed: int, output: list[int]) -
     logits, prompt = random_logits(seed), [1, 5, 5, 9]
     request = request_with(sampling, prompt, output)
     scores = adjusted_slowly(logits.tolist(), sampling, prompt, output)
-    np.testing.assert_allclose(adjust(logits.clone(), request).numpy(), scores, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(adjust(logits.clone(), request, output).numpy(), scores, rtol=1e-5, atol=1e-5)
 
     before = logits.clone()
     token = choose(logits, request)
@@ -136,7 +136,7 @@ def test_penalties_against_transformers() -> None:
     logits, prompt, output = random_logits(1), [1, 5, 5, 9], [7, 5]
     ids = torch.tensor([[*prompt, *output]])
     theirs = hf.RepetitionPenaltyLogitsProcessor(1.3)(ids, logits[None].clone())[0]
-    ours = adjust(logits.clone(), request_with(Sampling(repetition_penalty=1.3), prompt, output))
+    ours = adjust(logits.clone(), request_with(Sampling(repetition_penalty=1.3), prompt, output), output)
     torch.testing.assert_close(ours, theirs)
     theirs = hf.MinNewTokensLengthLogitsProcessor(len(prompt), 3, [EOS], device="cpu")(ids, logits[None].clone())[0]
     ours = adjust(logits.clone(), request_with(Sampling(min_new_tokens=3), prompt, output))

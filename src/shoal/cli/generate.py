@@ -317,7 +317,8 @@ def drafting_line(run: RunCost) -> str:
         line += ", ".join(
             f"{reason} ({count})" for reason, count in sorted(done.off.items(), key=lambda item: -item[1])
         )
-    return line + "."
+    beyond = quantity(run.ledger.draft_flops, "FLOPs")
+    return f"{line}. It took {beyond} beyond the plan's, and {run.stats.draft_s:.2f} s to propose."
 
 
 def read_lengths(path: Path, model: str, *, revision: str | None, token: str | None) -> list[int]:

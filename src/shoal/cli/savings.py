@@ -11,8 +11,9 @@ from shoal.engine.run_cost import RunCost
 def savings_table(run: RunCost, dense: RunCost | None = None) -> Table:
     """The four savings of `run`.
 
-    Its dense figures are counted for the same tokens in the same passes. Only wall clock needs a dense run that was
-    measured; it is compared per emitted token, because a dense run of the same prompts may emit more or fewer.
+    Its dense figures are counted for the same tokens in the same passes; what drafting takes beyond the plan is not among them.
+    Only wall clock needs a dense run that was measured; it is compared per emitted token, because a dense run of the same
+    prompts may emit more or fewer.
     """
     ledger, stats = run.ledger, run.stats
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -31,7 +32,6 @@ def savings_table(run: RunCost, dense: RunCost | None = None) -> Table:
             ]
         table.add_row(*cells)
 
-    decode_flops, decode_bytes = ledger.decode_flops + ledger.draft_flops, stats.decode_bytes + stats.draft_bytes
     passes = max(1, ledger.decode_passes)
     consumed = max(1, ledger.prompt_tokens + ledger.decode_passes)
     dense_layer_tokens = ledger.dense_prompt_layer_tokens + ledger.dense_decode_layer_tokens
@@ -42,13 +42,13 @@ def savings_table(run: RunCost, dense: RunCost | None = None) -> Table:
     )
     row(
         "FLOPs",
-        (decode_flops, ledger.dense_decode_flops),
-        (ledger.prompt_flops + decode_flops, ledger.dense_prompt_flops + ledger.dense_decode_flops),
+        (ledger.decode_flops, ledger.dense_decode_flops),
+        (ledger.prompt_flops + ledger.decode_flops, ledger.dense_prompt_flops + ledger.dense_decode_flops),
     )
     row(
         "bytes moved",
-        (decode_bytes, stats.dense_decode_bytes),
-        (stats.prompt_bytes + decode_bytes, stats.dense_prompt_bytes + stats.dense_decode_bytes),
+        (stats.decode_bytes, stats.dense_decode_bytes),
+        (stats.prompt_bytes + stats.decode_bytes, stats.dense_prompt_bytes + stats.dense_decode_bytes),
         unit="B",
     )
     row(

@@ -1,9 +1,10 @@
 """How much to draft: goodput, the expected number of tokens per second of the whole pass (SmartSpec, arXiv 2406.14066).
 
 A pass that verifies k drafted tokens of a row emits 1 + p_1 + p_1 p_2 + ... tokens of it, and takes longer. Each further token of
-each row is worth its chance, and the next one is always the likeliest of all rows, so drafts grow together until goodput falls. The
-seconds come from the engine's own step-time model. Example: a pass takes 10 ms with one token per row, 11 with two, 14 with three;
-the chances are 0.9 and then 0.5. Tokens per second: 100, 1.9 / 11 ms = 173, 2.4 / 14 ms = 171. So one token is drafted.
+each row is worth its chance, and the next one is always the likeliest of all rows, so drafts grow together; the best goodput of a
+few numbers of tokens wins. The seconds come from the engine's own step-time model. Example: a pass takes 10 ms with one token per
+row, 11 with two, 14 with three; the chances are 0.9 and then 0.5. Tokens per second: 100, 1.9 / 11 ms = 173, 2.4 / 14 ms = 171.
+So one token is drafted.
 """
 
 from __future__ import annotations
@@ -37,11 +38,10 @@ def lengths(
     if not ranked:
         return {}
     base = seconds(tokens, {}, slots, step_time)
-    emitted = sum(1 for _ in tokens)
-    best, best_goodput = 0, None if base is None else LEAST_GAIN * emitted / base
-    if best_goodput is None:
+    if base is None:
         return trial(ranked)
-    expected, added, at = float(emitted), dict.fromkeys(chances, 0), 0
+    best, best_goodput = 0, LEAST_GAIN * len(tokens) / base
+    expected, added, at = float(len(tokens)), dict.fromkeys(chances, 0), 0
     for count in (*(count for count in COUNTS if count < len(ranked)), len(ranked)):
         for chance, slot in ranked[at:count]:
             expected += chance
@@ -101,8 +101,8 @@ def model_length(
     for count in range(1, most + 1):
         gained += len(rows) * chance**count
         took = seconds(tokens, dict.fromkeys(rows, count), slots, step_time)
-        if took is None:
-            return None
+        if took is None:  # one token more than is known to be good, or nothing is known
+            return count if best and best == count - 1 else best or None
         goodput = (len(tokens) + gained) / (took + count * draft_s)
         if goodput < before:
             break  # the next token would gain less than this one, and cost as much

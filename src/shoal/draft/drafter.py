@@ -1,15 +1,16 @@
 """Who drafts what, and how much: proposers by request, calibrated chances, lengths by goodput.
 
     resolve     draft= becomes proposers, shared by requests that ask alike
-    propose     lookups first, models where they pay; then how many tokens of each draft the pass verifies
-    committed   what came is held against what was proposed, verified or not
+    propose     lookups, and models where they pay; the better of each row; how many of its tokens the pass verifies
+    committed   what came is held against all that was proposed, verified or not
 
-A lookup costs next to nothing, so it goes on while drafting is off, and what it would have drafted is compared with what came: the
-engine sees when to begin again. A model that does not pay is tried again after 16 passes, then 32, up to 256.
+Lookups go on while drafting is off, and what they would have drafted is compared with what came: the engine sees when to begin
+again. A model that does not pay is tried again after 16 passes, then 32, up to 128, and anew when the number of rows changes.
 """
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,26 +21,26 @@ import numpy as np
 from shoal.draft.acceptance import Acceptance
 from shoal.draft.choices import Auto, Choice, SelfDraft, Suffix, choice_of
 from shoal.draft.control import STOP_AT, TRIAL_TOKENS, lengths, model_length
-from shoal.draft.proposal import NOTHING, Proposal, Proposer
-from shoal.draft.resolve import key_of, make_proposer
+from shoal.draft.proposal import Lookup, ModelProposer, Proposal
+from shoal.draft.resolve import check_choice, key_of, make_proposer
 from shoal.engine.drafting import Draft, DraftRow
 from shoal.engine.request import Request
 
 if TYPE_CHECKING:
     from shoal.engine.engine import Engine
 
-LONGEST_MODEL_DRAFT = 8
-"""Most tokens that a model drafts for one pass where the engine decides."""
-FIRST_RETRY, LAST_RETRY = 8, 256
+FIRST_RETRY, LAST_RETRY = 8, 128
 """Passes before a model that did not pay is tried again: half of the first time, and at most."""
 HOPEFUL = 0.4
 """Share of accepted tokens above which a model is tried at once where its passes have not been measured."""
-SLOW = 1 / 16
-"""Weight of one token in the share of accepted ones."""
+WEIGHT = 1 / 16
+"""Of one token in the share of a model's that are accepted."""
 LOOKUP_WORTH = 0.5
 """Chance of its first token from which on a lookup is taken without asking a model."""
 LEAST_CHANCE = 0.05
 """Chance below which a drafted token is not worth a thought."""
+MAX_PASS_DRAFT = 192
+"""Most drafted tokens in a pass: each wants logits."""
 MAX_SOURCES = 64
 """Proposers kept, the last ones that were asked for."""
 
@@ -48,12 +49,14 @@ MAX_SOURCES = 64
 class Source:
     """A proposer with what has been learnt of it."""
 
-    proposer: Proposer
+    proposer: Lookup | ModelProposer
     acceptance: Acceptance = field(init=False)
     mean_chance: float = 0.7
-    """Of a model's tokens: the share that was accepted, of late."""
+    """Share of its tokens that were accepted, of late."""
     retry_after: int = FIRST_RETRY
     passes_off: int = 0
+    rows_off: int = 0
+    """Rows for which a model was found not to pay."""
 
     def __post_init__(self) -> None:
         self.acceptance = Acceptance(self.proposer.priors)
@@ -61,6 +64,18 @@ class Source:
     def go_on(self, evidence: Sequence[int]) -> bool:
         """Whether a model's draft should have another token: while it may well be right as a whole."""
         return self.acceptance.chances(evidence)[-1] > STOP_AT
+
+    def expected(self, proposal: Proposal) -> float:
+        """Tokens of a proposal that will be accepted."""
+        return sum(self.acceptance.chances(proposal.evidence))
+
+    def learn(self, proposal: Proposal, token_ids: Sequence[int]) -> None:
+        """Hold what was proposed against what came, up to the first difference."""
+        for token, evidence, came in zip(proposal.tokens, proposal.evidence, token_ids, strict=False):
+            self.acceptance.learn(evidence, token == came)
+            self.mean_chance += WEIGHT * ((token == came) - self.mean_chance)
+            if token != came:
+                break
 
 
 @dataclass(eq=False)
@@ -71,12 +86,23 @@ class Way:
     """Lookups before models."""
     tokens: int | None
     """As in `Choice`."""
-    proposed: Proposal = NOTHING
-    source: Source | None = None
-    """Of what is proposed."""
+    proposed: dict[Source, Proposal] = field(default_factory=dict)
+    """For the pass at hand."""
     verify_all: bool = False
-    """Whether the pass verifies all of it, whatever it is worth."""
-    why_not: str | None = None
+    """Whether the pass verifies all of what is best, whatever it is worth."""
+    why_not: str = ""
+
+    def begin(self) -> None:
+        """A new pass."""
+        self.proposed, self.verify_all, self.why_not = {}, False, "nothing to copy"
+
+    def best(self) -> tuple[Source, Proposal] | None:
+        """The proposal that most of is expected to be accepted."""
+        return max(self.proposed.items(), key=lambda one: one[0].expected(one[1]), default=None)
+
+    def most(self, row: DraftRow, source: Source) -> int:
+        """Most tokens that a source should draft for the row."""
+        return min(row.most, self.tokens or source.proposer.longest)
 
 
 class Drafter:
@@ -84,37 +110,40 @@ class Drafter:
 
     def __init__(self, engine: Engine) -> None:
         self.engine, self.runner = engine, engine.runner
+        self.measured = engine.runner.decoder.device.type == "cpu"
+        """Whether predicted seconds hold: elsewhere passes with drafts leave the recorded graphs, which no price tells."""
         self._sources: OrderedDict[Hashable, Source] = OrderedDict()
+        self._making = threading.Lock()
 
-    def resolve(self, draft: object) -> object:
+    def resolve(self, draft: object, prompt_tokens: int, max_new_tokens: int) -> object:
         """As in the engine's `Drafter`."""
         choice = choice_of(draft)
         kinds: tuple[Choice, ...] = (choice,)
         if isinstance(choice, Auto):
             kinds = (Suffix(), SelfDraft()) if self.engine.tuned else (Suffix(),)
+        for kind in kinds:
+            check_choice(kind, self.engine, prompt_tokens, max_new_tokens)
         return Way(sources=tuple(map(self._source, kinds)), tokens=choice.tokens)
 
     def propose(self, rows: Sequence[DraftRow], tokens: Mapping[int, int], room: int) -> dict[int, Draft]:
         """As in the engine's `Drafter`."""
         ways = {row.slot: way_of(row.request) for row in rows}
+        asking = [row for row in rows if self._may_draft(row, room)]
         for_models: dict[tuple[Source, int | None], list[DraftRow]] = {}
-        for row in rows:
+        for row in asking:
             way = ways[row.slot]
-            way.proposed, way.source, way.verify_all, way.why_not = NOTHING, None, False, "nothing to copy"
-            if not row.most:
-                way.why_not = "only one token left"
-                continue
             for source in way.sources:
-                if source.proposer.runs_model:
+                if not hasattr(source.proposer, "look_up"):
                     for_models.setdefault((source, way.tokens), []).append(row)
                     break
-                (way.proposed,) = source.proposer.propose([row], [min(row.most, way.tokens or row.most)], source.go_on)
-                way.source, way.verify_all = source, way.tokens is not None
-                if way.proposed.tokens and source.acceptance.chance(way.proposed.evidence[0]) >= LOOKUP_WORTH:
-                    break
-        for (source, fixed), asking in for_models.items():
-            self._ask_model(source, fixed, asking, tokens)
-        return self._lengths(ways, tokens, room)
+                found = source.proposer.look_up(row.request, way.most(row, source))
+                if found.tokens:
+                    way.proposed[source], way.verify_all = found, way.tokens is not None
+                    if source.acceptance.chance(found.evidence[0]) >= LOOKUP_WORTH:
+                        break
+        for (source, fixed), its_rows in for_models.items():
+            self._ask_model(source, fixed, its_rows, tokens)
+        return self._lengths({row.slot: ways[row.slot] for row in asking}, tokens, min(room, MAX_PASS_DRAFT))
 
     def why_not(self, request: Request) -> str | None:
         """As in the engine's `Drafter`."""
@@ -122,89 +151,104 @@ class Drafter:
 
     def committed(self, request: Request, draft: Draft | None, token_ids: Sequence[int]) -> None:
         """As in the engine's `Drafter`."""
-        way = way_of(request)
-        source = way.source
-        if source is None:
-            return
-        for token, evidence, came in zip(way.proposed.tokens, way.proposed.evidence, token_ids, strict=False):
-            source.acceptance.learn(evidence, token == came)
-            source.mean_chance += SLOW * ((token == came) - source.mean_chance)
-            if token != came:
-                break
+        for source, proposal in way_of(request).proposed.items():
+            source.learn(proposal, token_ids)
 
     def ended(self, request: Request) -> None:
         """As in the engine's `Drafter`."""
         for source in way_of(request).sources:
             source.proposer.ended(request)
 
+    def _may_draft(self, row: DraftRow, room: int) -> bool:
+        """Whether there is any use in a draft; says why not."""
+        way = way_of(row.request)
+        way.begin()
+        if not row.most:
+            way.why_not = "only one token left"
+        elif not room:
+            way.why_not = "no room in the pass"
+        elif way.tokens is None and not self.measured:
+            way.why_not = "give the number of tokens: what drafting takes is not measured on this device"
+        else:
+            return True
+        return False
+
     def _source(self, choice: Choice) -> Source:
-        """The source of a choice: one for all requests that choose alike."""
+        """The source of a choice: one for all requests that choose alike, whichever thread asks."""
         key = key_of(choice)
-        if key not in self._sources:
-            self._sources[key] = Source(make_proposer(choice, self.engine))
-            if len(self._sources) > MAX_SOURCES:
-                self._sources.popitem(last=False)
-        self._sources.move_to_end(key)
-        return self._sources[key]
+        with self._making:
+            if key not in self._sources:
+                self._sources[key] = Source(make_proposer(choice, self.engine))
+                if len(self._sources) > MAX_SOURCES:
+                    self._sources.popitem(last=False)
+            self._sources.move_to_end(key)
+            return self._sources[key]
 
     def _ask_model(
         self, source: Source, fixed: int | None, rows: Sequence[DraftRow], tokens: Mapping[int, int]
     ) -> None:
-        """Have a model draft for `rows`, `fixed` tokens each or as many as pay, and take what it proposes."""
-        count, trial = (fixed, False) if fixed else self._model_length(source, rows, tokens)
+        """Have a model draft for `rows`, `fixed` tokens each or as many as pay."""
+        model = source.proposer
+        assert not hasattr(model, "look_up")
+        count, trial = (fixed, False) if fixed else self._model_length(source, model, rows, tokens)
         if not count:
             for row in rows:
-                if not way_of(row.request).proposed.tokens:
-                    way_of(row.request).why_not = "drafting would not be faster"
+                way_of(row.request).why_not = "drafting would not be faster"
             return
         go_on = (lambda evidence: True) if fixed else source.go_on
-        proposals = source.proposer.propose(rows, [min(count, row.most) for row in rows], go_on)
+        proposals = model.propose(rows, [min(count, row.most) for row in rows], go_on)
         for row, proposal in zip(rows, proposals, strict=True):
             way = way_of(row.request)
-            if proposal.tokens:
-                way.proposed, way.source, way.verify_all = proposal, source, bool(fixed) or trial
+            if not proposal.tokens:
+                way.why_not = "nothing was drafted"
+                continue
+            if proposal.distributions or trial:
+                way.proposed.clear()
+            way.proposed[source] = proposal
+            # A drawn token is verified whatever it is: to choose by it would change what comes out.
+            way.verify_all = bool(fixed) or trial or bool(proposal.distributions)
 
-    def _model_length(self, source: Source, rows: Sequence[DraftRow], tokens: Mapping[int, int]) -> tuple[int, bool]:
+    def _model_length(
+        self, source: Source, model: ModelProposer, rows: Sequence[DraftRow], tokens: Mapping[int, int]
+    ) -> tuple[int, bool]:
         """How many tokens a model should draft, 0 for none; and whether that is a trial, to learn what it takes and brings."""
-        if source.passes_off:
+        if source.passes_off and source.rows_off == len(rows):
             source.passes_off += 1
             if source.passes_off <= source.retry_after:
                 return 0, False
             source.passes_off = 0
             return TRIAL_TOKENS, True
         slots, step_time = [row.slot for row in rows], self.runner.tally.step_time
-        draft_s = source.proposer.seconds(rows)
         count = model_length(
-            source.mean_chance, slots, LONGEST_MODEL_DRAFT, draft_s, tokens, self.runner.slots, step_time
+            source.mean_chance, slots, model.longest, model.seconds(rows), tokens, self.runner.slots, step_time
         )
         if count:
-            source.retry_after = FIRST_RETRY
+            source.retry_after, source.passes_off = FIRST_RETRY, 0
             return count, False
         if count is None and source.mean_chance > HOPEFUL:
             return TRIAL_TOKENS, True
-        source.passes_off, source.retry_after = 1, min(2 * source.retry_after, LAST_RETRY)
+        source.passes_off, source.rows_off = 1, len(rows)
+        source.retry_after = min(2 * source.retry_after, LAST_RETRY)
         return 0, False
 
     def _lengths(self, ways: Mapping[int, Way], tokens: Mapping[int, int], room: int) -> dict[int, Draft]:
-        """Of each proposal what the pass verifies."""
+        """Of the best proposal of each slot what the pass verifies."""
+        best = {slot: found for slot, way in ways.items() if (found := way.best()) is not None}
         counts: dict[int, int] = {}
         chances: dict[int, list[float]] = {}
-        for slot, way in ways.items():
-            if way.source is None or not way.proposed.tokens:
-                continue
+        for slot, (source, proposal) in best.items():
+            way = ways[slot]
             if way.verify_all:
-                counts[slot] = min(len(way.proposed.tokens), room)
+                counts[slot] = min(len(proposal.tokens), room)
                 room -= counts[slot]
                 continue
-            likely = [
-                chance for chance in way.source.acceptance.chances(way.proposed.evidence) if chance > LEAST_CHANCE
-            ]
             way.why_not = "verifying a draft would not be faster"
+            likely = [one for one in source.acceptance.chances(proposal.evidence) if one > LEAST_CHANCE]
             if likely:
                 chances[slot] = likely
         if chances:
             counts |= lengths(chances, tokens, self.runner.slots, self.runner.tally.step_time, room)
-        return {slot: cut(ways[slot].proposed, count) for slot, count in counts.items() if count}
+        return {slot: cut(best[slot][1], count) for slot, count in counts.items() if count}
 
 
 def way_of(request: Request) -> Way:

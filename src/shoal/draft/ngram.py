@@ -8,11 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from shoal.draft.proposal import NOTHING, Lookup, Proposal
+from shoal.draft.proposal import NOTHING, Proposal
 from shoal.engine.request import Request
 
-MOST_TOKENS = 10
-"""The paper's draft length."""
 RUNS = 4
 """Tokens beyond n up to which a longer match counts as more evidence."""
 
@@ -53,9 +51,10 @@ class Copied:
         return length
 
 
-class NGramProposer(Lookup):
+class NGramProposer:
     """Copies from the request's own prompt and output. Evidence: how much longer than n the match is, and how far on a token is."""
 
+    longest = 10  # the paper's
     priors = tuple(0.4 + 0.1 * run + 0.05 * place for run in range(RUNS + 1) for place in range(3))
 
     def __init__(self, match_tokens: int) -> None:
@@ -70,7 +69,7 @@ class NGramProposer(Lookup):
             text = self._texts[request] = Copied(self.match_tokens)
             text.extend(request.prompt)
         text.extend(request.output[len(text.tokens) - len(request.prompt) :])
-        tokens = text.continuation(min(most, MOST_TOKENS))
+        tokens = text.continuation(most)
         if not tokens:
             return NOTHING
         longer = text.match_length() - self.match_tokens

@@ -1,4 +1,4 @@
-"""What a proposer offers, and what it has to be."""
+"""What proposers offer, and the two kinds of them: those that look up, and models."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ GoOn = Callable[[Sequence[int]], bool]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Proposal:
-    """Tokens that may come next, most likely before any are verified."""
+    """Tokens that may come next."""
 
     tokens: tuple[int, ...] = ()
     """In order; none where there is nothing to offer."""
@@ -40,35 +40,29 @@ class Proposer(Protocol):
 
     priors: tuple[float, ...]
     """Per evidence, the share of tokens that are accepted where those before them are, before anything has been seen."""
-    runs_model: bool
-    """Whether a token that it drafts costs a pass; others look theirs up."""
-
-    def propose(self, rows: Sequence[DraftRow], most: Sequence[int], go_on: GoOn) -> list[Proposal]:
-        """A proposal per row, of at most `most` tokens."""
-        ...
-
-    def seconds(self, rows: Sequence[DraftRow]) -> float | None:
-        """Predicted seconds to draft one more token for each row; None while not measured, 0 where it is nothing to speak of."""
-        ...
+    longest: int
+    """Most tokens to draft where the engine decides how many."""
 
     def ended(self, request: Request) -> None:
         """The request is over: forget it."""
         ...
 
 
-class Lookup:
-    """What proposers that run no model share."""
-
-    runs_model = False
-
-    def seconds(self, rows: Sequence[DraftRow]) -> float | None:
-        """Looking up is not timed."""
-        return 0.0
-
-    def propose(self, rows: Sequence[DraftRow], most: Sequence[int], go_on: GoOn) -> list[Proposal]:
-        """As in `Proposer`."""
-        return [self.look_up(row.request, count) if count else NOTHING for row, count in zip(rows, most, strict=True)]
+class Lookup(Proposer, Protocol):
+    """A proposer that runs no model."""
 
     def look_up(self, request: Request, most: int) -> Proposal:
-        """At most `most` tokens for one request."""
-        raise NotImplementedError
+        """At most `most` tokens, 1 or more, for one request."""
+        ...
+
+
+class ModelProposer(Proposer, Protocol):
+    """A proposer whose tokens cost a pass each, for all rows together."""
+
+    def propose(self, rows: Sequence[DraftRow], most: Sequence[int], go_on: GoOn) -> list[Proposal]:
+        """A proposal per row, of at most `most` tokens, 1 or more."""
+        ...
+
+    def seconds(self, rows: Sequence[DraftRow]) -> float | None:
+        """Predicted seconds to draft one more token for each row; None while not measured."""
+        ...

@@ -7,19 +7,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shoal.depth.early_termination import EarlyTermination
-from shoal.depth.plan import DepthPlan, DepthPolicy
+from shoal.depth.plan import DepthPolicy
 from shoal.depth.policies import policy_at
 from shoal.draft.choices import Choice, NGram, SelfDraft, SmallModel, Suffix, Trigram
 from shoal.draft.ngram import NGramProposer
-from shoal.draft.proposal import Proposer
+from shoal.draft.proposal import Lookup, ModelProposer
 from shoal.draft.shallow import ShallowProposer
 from shoal.draft.small import SmallModelProposer
 from shoal.draft.suffix import SuffixProposer
 from shoal.draft.trigram import TrigramProposer
-from shoal.errors import InvalidDraft
+from shoal.engine.intake import resolve_plan
+from shoal.errors import CheckpointError, InvalidDraft, InvalidPlan
 from shoal.models.checkpoint import load_checkpoint, load_tokenizer
 from shoal.models.directory import resolve
 from shoal.models.executor import Executor, make_decoder
+from shoal.models.memory import drop_freed
 
 if TYPE_CHECKING:
     from shoal.engine.engine import Engine
@@ -33,7 +35,7 @@ def key_of(choice: Choice) -> Hashable:
     return type(choice), *(value for name, value in vars(choice).items() if name != "tokens")
 
 
-def make_proposer(choice: Choice, engine: Engine) -> Proposer:
+def make_proposer(choice: Choice, engine: Engine) -> Lookup | ModelProposer:
     """The proposer of a choice. Raises `InvalidDraft` or `CheckpointError` where it cannot be had."""
     match choice:
         case NGram(match_tokens=match_tokens):
@@ -43,8 +45,7 @@ def make_proposer(choice: Choice, engine: Engine) -> Proposer:
         case Trigram(corpus=corpus):
             return TrigramProposer(read_corpus(corpus, engine.tokenizer) if corpus else ())
         case SelfDraft(plan=plan, coupled=coupled):
-            policy = checked(plan or own_policy(engine), engine)
-            return ShallowProposer(engine.runner, policy, engine.tuned, coupled=coupled)
+            return ShallowProposer(engine.runner, plan or own_policy(engine), engine.tuned, coupled=coupled)
         case SmallModel(path=path, coupled=coupled):
             return SmallModelProposer(engine.runner, small_model(path, engine), coupled=coupled)
     raise TypeError(f"{choice!r} has no proposer")
@@ -59,15 +60,18 @@ def own_policy(engine: Engine) -> DepthPolicy:
     return policy_at(tuned.policy, max(SHALLOW, min(tuned.depths)))
 
 
-def checked(plan: DepthPlan | DepthPolicy, engine: Engine) -> DepthPlan | DepthPolicy:
-    """The plan, if it is one and for this model."""
-    if hasattr(plan, "route"):
+def check_choice(choice: Choice, engine: Engine, prompt_tokens: int, max_new_tokens: int) -> None:
+    """Raises `InvalidDraft` where a self-draft's plan cannot be had for a request of these lengths."""
+    if not isinstance(choice, SelfDraft) or choice.plan is None:
+        return
+    if hasattr(choice.plan, "route"):
         raise InvalidDraft(
             "a router decides from the prompt, which a self-draft does not wait for: give a plan or a policy"
         )
-    if isinstance(plan, DepthPlan) and plan.num_layers != engine.shape.num_layers:
-        raise InvalidDraft(f"the draft's plan is for {plan.num_layers} layers, the model has {engine.shape.num_layers}")
-    return plan
+    try:
+        resolve_plan(choice.plan, prompt_tokens, max_new_tokens, engine.shape.num_layers, engine.tuned)
+    except InvalidPlan as error:
+        raise InvalidDraft(f"the draft's plan: {error}") from error
 
 
 def read_corpus(path: str, tokenizer: Any) -> list[list[int]]:
@@ -87,13 +91,20 @@ def read_corpus(path: str, tokenizer: Any) -> list[list[int]]:
 def small_model(path: str, engine: Engine) -> Executor:
     """A smaller checkpoint, in the engine's dtype and on its device. Raises `InvalidDraft` where its tokens are others."""
     decoder = engine.runner.decoder
-    directory = resolve(path)
-    if engine.tokenizer is not None and load_tokenizer(directory).get_vocab() != engine.tokenizer.get_vocab():
-        raise InvalidDraft(f"{path} cannot draft: its tokenizer is another one, so its tokens mean something else")
     dtype = "int8" if engine.shape.quantized else str(decoder.dtype).removeprefix("torch.")
-    config, weights = load_checkpoint(directory, dtype=dtype, device=str(decoder.device))
+    try:
+        directory = resolve(path)
+        tokenizer = None if engine.tokenizer is None else load_tokenizer(directory)
+        config, weights = load_checkpoint(directory, dtype=dtype, device=str(decoder.device))
+    except CheckpointError as error:
+        raise InvalidDraft(f"the model to draft with: {error}") from error
+    if tokenizer is not None and tokenizer.get_vocab() != engine.tokenizer.get_vocab():
+        raise InvalidDraft(f"{path} cannot draft: its tokenizer is another one, so its tokens mean something else")
     if config.shape.vocab_size > engine.shape.vocab_size:
         raise InvalidDraft(
             f"{path} cannot draft: it has {config.shape.vocab_size} tokens, the model has {engine.shape.vocab_size}"
         )
-    return make_decoder(config, weights)
+    made = make_decoder(config, weights)
+    del weights
+    drop_freed()
+    return made

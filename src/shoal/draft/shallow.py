@@ -38,8 +38,8 @@ Bools = NDArray[np.bool_]
 class ShallowProposer:
     """Drafts with some layers of the engine's own model. Evidence: the probability of the drafted token."""
 
+    longest = 8
     priors = CONFIDENCE_PRIORS
-    runs_model = True
 
     def __init__(
         self, runner: Runner, policy: DepthPlan | DepthPolicy, tuned: TunedDepth | None, *, coupled: bool

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from shoal.depth.cost import flops
+from shoal.depth.cost import blocks, flops
 from shoal.draft.model_draft import CONFIDENCE_PRIORS, ModelDraft, extend
 from shoal.draft.proposal import GoOn, Proposal
 from shoal.engine.batch import Rows, build_pass, deepest_first
@@ -45,8 +45,8 @@ class Follower:
 class SmallModelProposer:
     """Drafts with another model. Evidence: the probability that it gives the drafted token."""
 
+    longest = 8
     priors = CONFIDENCE_PRIORS
-    runs_model = True
 
     def __init__(self, runner: Runner, decoder: Executor, *, coupled: bool) -> None:
         """`runner`: of the model that verifies; `decoder`: the small one; `coupled`: see `ModelDraft`."""
@@ -66,9 +66,9 @@ class SmallModelProposer:
         """As in `Proposer`."""
         drafts = [ModelDraft(row.request, coupled=self.coupled) for row in rows]
         limits = [min(count, self._room(row)) for row, count in zip(rows, most, strict=True)]
-        going = [
-            (draft, self._follow(row), limit) for draft, row, limit in zip(drafts, rows, limits, strict=True) if limit
-        ]
+        asked = zip(drafts, (self._follow(row) for row in rows), limits, strict=True)
+        going = [(draft, follower, limit) for draft, follower, limit in asked if follower and limit]
+        self._catch_up([follower for _, follower, _ in going])
         while going:
             self._pass([(draft, follower) for draft, follower, _ in going])
             going = [one for one in going if len(one[0].tokens) < one[2] and go_on(one[0].evidence)]
@@ -92,19 +92,53 @@ class SmallModelProposer:
         """Tokens that the small model's positions leave, none where it has too few."""
         return max(0, self.decoder.config.max_positions - row.position - 1)
 
-    def _follow(self, row: DraftRow) -> Follower:
-        """Where the small model is, with what it has not seen of the request: at least the last token."""
+    def _follow(self, row: DraftRow) -> Follower | None:
+        """Where the small model is, with what it has not seen of the request: at least the last token. None where its cache has no
+        room."""
         request = row.request
         one = self._followers.get(request)
         if one is None:
-            self.cache.reserve(len(request.prompt) + request.sampling.max_new_tokens)
+            most = len(request.prompt) + request.sampling.max_new_tokens
+            needed = blocks(most) * self.shape.num_layers
+            if self.cache.blocks_in_use + needed > self.cache.budget_blocks or not self.cache.fits_slots(most):
+                return None
+            self.cache.reserve(most)
             one = self._followers[request] = Follower(self.cache.acquire(), row.slot)
-        known = [*request.prompt, *request.output]
-        kept = min(one.sure + num_matching(one.seen[one.sure :], known[one.sure :]), len(known) - 1)
+        since = request.tokens(one.sure, request.known - one.sure)
+        kept = one.sure + min(num_matching(one.seen[one.sure :], since), len(since) - 1)
         del one.seen[kept:]
+        one.behind = since[kept - one.sure :]
         one.sure = kept
-        one.behind = known[kept:]
         return one
+
+    def _catch_up(self, followers: Sequence[Follower]) -> None:
+        """Read what is too long for one pass, a row's chunk at a time, up to the last token."""
+        most = self.runner.scheduler.max_pass_tokens
+        if sum(len(one.behind) for one in followers) <= most:
+            return
+        for one in followers:
+            while len(one.behind) > 1:
+                chunk = np.array([min(most, len(one.behind) - 1)])
+                start = np.array([len(one.seen)])
+                rows = Rows(slots=np.array([one.slot]), starts=start, num_tokens=chunk, served=self._served(chunk))
+                self.cache.hold(rows.slots, start[:, None] + rows.served)
+                part = one.behind[: int(chunk[0])]
+                self.decoder(build_pass(rows, self._known(part), np.zeros(1, dtype=np.int64)), self.cache)
+                self._note([one], rows, heads=0)
+                one.seen += part
+                del one.behind[: len(part)]
+
+    def _known(self, token_ids: Sequence[int]) -> list[int]:
+        """Tokens as the small model takes them: its vocabulary may be the smaller one where both are filled up."""
+        last = self.shape.vocab_size - 1
+        return [min(token, last) for token in token_ids]
+
+    def _note(self, followers: Sequence[Follower], rows: Rows, *, heads: int) -> None:
+        """Count what a pass took for the requests that it served."""
+        for one, count, num_pairs in zip(followers, rows.num_tokens, pairs(rows.starts, rows.served), strict=True):
+            self.runner.slots.small_model_flops[one.engine_slot] += flops(
+                self.shape, layer_tokens=self.shape.num_layers * int(count), layer_pairs=int(num_pairs), heads=heads
+            )
 
     def _pass(self, going: Sequence[tuple[ModelDraft, Follower]]) -> None:
         """One pass of the small model: everyone catches up and gets a token."""
@@ -116,15 +150,12 @@ class SmallModelProposer:
         rows = deepest_first(Rows(slots=np.array(list(by_slot)), starts=starts, num_tokens=counts, served=served))
         self.cache.hold(rows.slots, rows.starts[:, None] + rows.served)
         drafts, ordered = zip(*(by_slot[slot] for slot in rows.slots.tolist()), strict=True)
-        token_ids = [token for one in ordered for token in one.behind]
+        token_ids = self._known([token for one in ordered for token in one.behind])
         logits = self.decoder(build_pass(rows, token_ids, np.ones(len(ordered), dtype=np.int64)), self.cache)
         extend(drafts, logits)
         for one in ordered:
             one.seen += one.behind
-        for one, count, num_pairs in zip(ordered, rows.num_tokens, pairs(rows.starts, rows.served), strict=True):
-            self.runner.slots.small_model_flops[one.engine_slot] += flops(
-                self.shape, layer_tokens=self.shape.num_layers * int(count), layer_pairs=int(num_pairs), heads=1
-            )
+        self._note(ordered, rows, heads=1)
         work = pass_work(rows.served, rows.starts, rows.num_tokens, len(ordered))
         self.step_time.observe(work, time.perf_counter() - began)
 

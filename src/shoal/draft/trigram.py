@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
 
-from shoal.draft.proposal import NOTHING, Lookup, Proposal
+from shoal.draft.proposal import NOTHING, Proposal
 from shoal.engine.request import Request
 
 MOST_FOLLOWERS = 12
@@ -20,9 +20,10 @@ SHARE_BINS = 10
 """Stretches that a follower's share is sorted into."""
 
 
-class TrigramProposer(Lookup):
+class TrigramProposer:
     """One table for all requests of an engine that ask for it. Evidence: the share of a pair's followers that said the token."""
 
+    longest = 8
     priors = tuple((bin_ + 0.5) / SHARE_BINS for bin_ in range(SHARE_BINS))
 
     def __init__(self, corpus: Sequence[Sequence[int]] = ()) -> None:
@@ -36,6 +37,7 @@ class TrigramProposer(Lookup):
         """Count a text's triples."""
         for first, second, third in zip(tokens, tokens[1:], tokens[2:], strict=False):
             followers = self._followers.setdefault((first, second), Counter())
+            self._followers.move_to_end((first, second))
             followers[third] += 1
             if len(followers) > 2 * MOST_FOLLOWERS:
                 self._followers[first, second] = Counter(dict(followers.most_common(MOST_FOLLOWERS)))
@@ -44,10 +46,11 @@ class TrigramProposer(Lookup):
 
     def look_up(self, request: Request, most: int) -> Proposal:
         """As in `Lookup`."""
-        past = [*request.prompt[-2:], *request.output]
-        learnt = self._learnt.get(request, 0)
-        self.learn(past[learnt:])
-        self._learnt[request] = max(0, len(past) - 2)
+        learnt = self._learnt.get(request, 0)  # tokens of the output
+        before = request.prompt[learnt - 2 :] if learnt < 2 else ()
+        past = [*before, *request.output[max(0, learnt - 2) :]]
+        self.learn(past)
+        self._learnt[request] = len(request.output)
         if len(past) < 2:
             return NOTHING
         pair = (past[-2], past[-1])

@@ -9,8 +9,9 @@
 Example: the last token is a, the draft is b c d. One pass consumes a b c d, and the plan's tokens after them are b c x y. So b and
 c are accepted, x is recovered, d is taken back, and y, which follows a wrong token, means nothing: b c x come out of one pass.
 
-Nothing here changes an output. A token is accepted because it *is* what the request's sampling takes from the logits there, with
-the noise of its position, so that tokens are the same whatever is drafted (Leviathan et al. 2023, with coupled noise).
+A token is accepted because it *is* what the request's sampling takes from the logits there, with the noise of its position, so that
+tokens are the same whatever is drafted. Only a draft that brings the distributions that it was drawn from is accepted otherwise, by
+their ratio to the plan's (Leviathan et al. 2023): then outputs are the same in distribution.
 """
 
 from __future__ import annotations
@@ -82,14 +83,16 @@ class DraftStats:
         """Share of drafted tokens that were accepted; None where none were drafted."""
         return self.accepted / self.drafted if self.drafted else None
 
-    def note(self, num_drafted: int, num_accepted: int, off: str | None) -> None:
-        """Add one decode pass; `off` says why it had no draft."""
-        if num_drafted:
-            self.drafted += num_drafted
+    def note(self, draft: Sequence[int], token_ids: Sequence[int], off: str | None) -> None:
+        """Add one decode pass that had a draft and emitted `token_ids`; `off` says why it had none."""
+        if draft:
+            num_accepted = num_matching(draft, token_ids)
+            self.drafted += len(draft)
             self.accepted += num_accepted
             self.passes += 1
-            self.bonus += num_accepted == num_drafted
-            self.recovered += num_accepted < num_drafted
+            if num_accepted < len(token_ids):  # otherwise the request ended within the draft
+                self.bonus += num_accepted == len(draft)
+                self.recovered += num_accepted < len(draft)
             return
         self.passes_without += 1
         if off is not None:
@@ -121,10 +124,11 @@ class DraftRow:
 
 
 class Drafter(Protocol):
-    """Who proposes, for all requests of an engine. Called between passes, by one thread at a time."""
+    """Who proposes, for all requests of an engine. But for `resolve`, called between passes, by one thread at a time."""
 
-    def resolve(self, draft: object) -> object:
-        """What becomes of a request's `draft=`: its `Request.draft`. Raises `InvalidInput` where it cannot be honoured."""
+    def resolve(self, draft: object, prompt_tokens: int, max_new_tokens: int) -> object:
+        """What becomes of the `draft=` of a request of these lengths: its `Request.draft`. Raises `InvalidDraft` where it cannot be
+        honoured. Called by any thread, also while a pass runs."""
         ...
 
     def propose(self, rows: Sequence[DraftRow], tokens: Mapping[int, int], room: int) -> dict[int, Draft]:

@@ -297,7 +297,7 @@ class Engine:
                 deadline=deadline,
                 future_blocks=job.future_blocks,
                 prompt_states=PromptStates(job.router, self.shape, len(job.prompt)) if job.router else None,
-                draft=drafter.resolve(draft) if drafter else None,
+                draft=drafter.resolve(draft, len(job.prompt), job.sampling.max_new_tokens) if drafter else None,
             )
             for sample in range(job.sampling.n)
         ]

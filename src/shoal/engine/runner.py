@@ -27,7 +27,6 @@ from shoal.engine.drafting import (
     Drafter,
     draft_row,
     given_states,
-    num_matching,
     stack_done,
 )
 from shoal.engine.ledger import Ledger
@@ -163,7 +162,7 @@ class Runner:
         room = self.scheduler.max_pass_tokens - sum(tokens.values())
         drafts = self.drafter.propose(rows, tokens, room)
         self._draft_s = time.perf_counter() - began
-        self.tally.stats.draft_s += self._draft_s
+        self.tally.note_drafting(self._draft_s)
         return drafts
 
     def _rows(self, tokens: dict[int, int], drafts: dict[int, Draft]) -> Rows:
@@ -190,11 +189,9 @@ class Runner:
         """Count what became of a draft, or that there was none."""
         assert self.drafter
         off = None if draft else self.drafter.why_not(request)
-        num_drafted = len(draft.tokens) if draft else 0
         token_ids = [one.token for one in sampled if isinstance(one, Sampled)]
-        num_accepted = num_matching(draft.tokens, token_ids) if draft else 0
         for stats in (request.draft_stats, self.tally.drafting):
-            stats.note(num_drafted, num_accepted, off)
+            stats.note(draft.tokens if draft else (), token_ids, off)
         self.drafter.committed(request, draft, token_ids)
 
     def _route(self, request: Request, sampled: Sampled | RequestFailed) -> Sampled | RequestFailed:

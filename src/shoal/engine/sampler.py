@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -10,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from shoal.engine.request import Request, TokenLogprobs
 from shoal.engine.sampling import Sampling, uniform_noise
@@ -57,6 +59,7 @@ def verify(
     for index, (request, draft) in enumerate(zip(requests, drafts, strict=True)):
         coupled = proposals.get(index, ())
         taken: list[Sampled | RequestFailed] = []
+        text = copy.copy(request.text) if draft and request.text.stop else None
         for num_ahead in range(len(draft) + 1):
             at = row + num_ahead
             proposal = (draft[num_ahead], coupled[num_ahead]) if num_ahead < len(coupled) else None
@@ -64,10 +67,12 @@ def verify(
             taken.append(one)
             if isinstance(one, RequestFailed) or one.token in request.stop_token_ids:
                 break
-            if num_ahead < len(draft) and one.token != draft[num_ahead]:
+            if num_ahead == len(draft) or one.token != draft[num_ahead]:
                 break
-        if request.text.stop:
-            taken = taken[: request.text.stops_after([one.token for one in taken if isinstance(one, Sampled)])]
+            if text:  # a stop string may end in the middle of the draft
+                text.push([one.token])
+                if text.stopped:
+                    break
         tokens.append(taken)
         row += len(draft) + 1
     return tokens
@@ -120,7 +125,7 @@ def choose(
     Raises `RequestFailed` if the user's processor raises, returns something else than logits or leaves nothing to choose from.
     """
     sampling = request.sampling
-    output = [*request.output, *ahead]
+    output = [*request.output, *ahead] if ahead else request.output
     logits = adjust(logits.clone(), request, output)
     if not logits.max().isfinite():
         raise RequestFailed(f"prompt {request.index}: penalties, bias or processor left no finite logit to choose from")
@@ -163,7 +168,7 @@ def couple(p: Tensor, drafted: int, q: Tensor, *, coin: float, noise: float) -> 
     """
     if coin * float(q[drafted]) < float(p[drafted]):
         return drafted
-    more = (p - q).clamp(min=0)
+    more = (p - F.pad(q, (0, len(p) - len(q)))).clamp(min=0)  # a smaller model's vocabulary may be filled up less
     return draw(more if float(more.sum()) > 0 else p, noise)
 
 

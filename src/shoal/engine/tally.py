@@ -43,6 +43,10 @@ class Tally:
         """Bytes of cache in use during a pass."""
         self._stats.peak_cache_bytes = max(self._stats.peak_cache_bytes, num_bytes)
 
+    def note_drafting(self, seconds: float) -> None:
+        """Proposing, and deciding how much to verify, took so long."""
+        self._stats.draft_s += seconds
+
     def note(self, rows: Rows, decodes: NDArray[np.bool_], num_logits: int, seconds: float) -> None:
         """A pass has run these rows. `decodes` [R]: those that consumed generated tokens."""
         self._noted.append((rows, decodes, num_logits, seconds))

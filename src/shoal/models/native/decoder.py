@@ -18,7 +18,7 @@ from shoal.models.native.packing import Packed
 from shoal.models.passes import LayerCaches, Pass
 from shoal.models.weights import DecoderConfig, DecoderWeights, LayerWeights, LinearWeights, NormWeights
 
-KEPT_TOKENS = 128
+KEPT_TOKENS = 256
 """Buffers of passes with more tokens than this (prompts) go back to the system after the pass."""
 
 
