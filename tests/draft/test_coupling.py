@@ -96,8 +96,8 @@ def expected_distribution(logits: Tensor, request: Any) -> Tensor:
 
 @pytest.mark.parametrize("tokens", [2, None])
 def test_whole_texts(make_engine: Callable[..., Engine], tokens: int | None) -> None:
-    """Four tokens of 3,000 seeds from an engine that drafts with two layers, against as many other seeds without; lengths are fixed,
-    or the engine's choice, which must not depend on what was drawn."""
+    """Four tokens of 3,000 seeds from an engine that drafts with two layers, against as many without; lengths are fixed, or the
+    engine's choice, which must not depend on what was drawn."""
     engine = make_engine(max_batch=32)
     bottom = EarlyTermination(min_layers=2, max_layers=2)
     draft = SelfDraft(plan=bottom, tokens=tokens, coupled=True)

@@ -139,13 +139,13 @@ def test_penalties_against_transformers() -> None:
     ours = adjust(logits.clone(), request_with(Sampling(repetition_penalty=1.3), prompt, output), output)
     torch.testing.assert_close(ours, theirs)
     theirs = hf.MinNewTokensLengthLogitsProcessor(len(prompt), 3, [EOS], device="cpu")(ids, logits[None].clone())[0]
-    ours = adjust(logits.clone(), request_with(Sampling(min_new_tokens=3), prompt, output))
+    ours = adjust(logits.clone(), request_with(Sampling(min_new_tokens=3), prompt, output), output)
     torch.testing.assert_close(ours, theirs)
     assert ours[EOS] == -math.inf
-    done = adjust(logits.clone(), request_with(Sampling(min_new_tokens=2), prompt, output))
+    done = adjust(logits.clone(), request_with(Sampling(min_new_tokens=2), prompt, output), output)
     assert torch.equal(done, logits)
     theirs = hf.SequenceBiasLogitsProcessor([[[4], 2.5], [[6], -1.0]])(ids, logits[None].clone())[0]
-    ours = adjust(logits.clone(), request_with(Sampling(logit_bias={4: 2.5, 6: -1.0}), prompt, output))
+    ours = adjust(logits.clone(), request_with(Sampling(logit_bias={4: 2.5, 6: -1.0}), prompt, output), output)
     torch.testing.assert_close(ours, theirs)
 
 
