@@ -1,4 +1,4 @@
-"""What `draft=` may be: how a request is drafted for. None of it changes an output."""
+"""What `draft=` may be: how a request is drafted for. No output changes, but by `coupled` drafts, which keep its distribution."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Choice:
     """A way to draft."""
 
     tokens: int | None = None
-    """Draft as many tokens as this in every pass; None lets the step-time model decide, down to none at all."""
+    """Draft up to so many tokens in every pass; None lets the engine decide, down to none at all."""
 
     def __post_init__(self) -> None:
         if self.tokens is not None and not (isinstance(self.tokens, int) and 1 <= self.tokens <= MAX_DRAFT_TOKENS):
@@ -55,7 +55,7 @@ class Trigram(Choice):
     corpus: str | None = None
     """A text file to begin with, one text per line."""
     scope: str | None = None
-    """Requests of one scope share a table; None has one per corpus."""
+    """Requests of one corpus and scope share a table, and draft from what the others were told."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,8 +73,8 @@ class SelfDraft(ModelChoice):
     """Draft with some layers of the same model."""
 
     plan: DepthPlan | DepthPolicy | None = None
-    """Which ones; None is the policy that the checkpoint was tuned with, at the smallest depth that it was tuned for, or a quarter
-    of the layers from the bottom where it was not."""
+    """Which ones; None is the policy that the checkpoint was tuned with, at the smallest depth (1/4 or more) that it was tuned for,
+    or a quarter of the layers from the bottom where it was not."""
 
 
 @dataclass(frozen=True, kw_only=True)
