@@ -5,7 +5,7 @@
     committed   what came is held against all that was proposed, verified or not
 
 Lookups go on while drafting is off, and what they would have drafted is compared with what came: the engine sees when to begin
-again. A model that does not pay is tried again after 16 passes, then 32, up to 128, and anew when the number of rows changes.
+again. A model that does not pay is tried again after 16 passes, then 32, up to 256, and anew when the number of rows changes.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from shoal.engine.request import Request
 if TYPE_CHECKING:
     from shoal.engine.engine import Engine
 
-FIRST_RETRY, LAST_RETRY = 8, 128
-"""Passes before a model that did not pay is tried again: half of the first time, and at most."""
+FIRST_RETRY, LAST_RETRY = 8, 256
+"""Passes before a model that did not pay is tried again, by one token: half of the first time, and at most."""
 HOPEFUL = 0.4
 """Share of accepted tokens above which a model is tried at once where its passes have not been measured."""
 WEIGHT = 1 / 16
@@ -217,7 +217,7 @@ class Drafter:
             if source.passes_off <= source.retry_after:
                 return 0, False
             source.passes_off = 0
-            return TRIAL_TOKENS, True
+            return 1, True
         slots, step_time = [row.slot for row in rows], self.runner.tally.step_time
         count = model_length(
             source.mean_chance, slots, model.longest, model.seconds(rows), tokens, self.runner.slots, step_time
