@@ -17,7 +17,7 @@ from shoal.errors import InvalidInput
 from shoal.files import check_writable, write_json
 
 if TYPE_CHECKING:
-    from shoal.evaluate.cascade import Deferral
+    from shoal.evaluate.cascade import Answers, Deferral
 
 
 def defer(
@@ -50,13 +50,12 @@ def defer(
         raise InvalidInput(f"the task {task!r} has no answers to defer: it is scored by the loss of a given text")
     inputs, metric = inputs[:limit], loaded.metrics[0]
     errors = Console(stderr=True)
-    found = []
-    for model in (small, large):
+
+    def ask(model: str) -> Answers:
         with errors.status(f"{model} answers {len(inputs)} inputs"):
-            engine = Engine.from_pretrained(model, dtype=dtype, device=device)
-            found.append(answers(engine, loaded, inputs, metric))
-            del engine  # the next one may need its memory
-    deferral = deferral_curves(*found, metric)
+            return answers(Engine.from_pretrained(model, dtype=dtype, device=device), loaded, inputs, metric)
+
+    deferral = deferral_curves(ask(small), ask(large), metric)
     if out is not None:
         settings = {"small": small, "large": large, "task": task, "inputs": len(inputs)}
         write_json(out, {**settings, **deferral.to_dict()})
@@ -70,7 +69,7 @@ def curves_table(deferral: Deferral) -> Table:
     from shoal.evaluate.metrics import METRICS
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("deferred", justify="right")
+    table.add_column("deferred", justify="right", no_wrap=True)
     table.add_column("FLOPs\nper input", justify="right")
     for name in deferral.curves:
         table.add_column(f"{METRICS[deferral.metric].label}\n{name}", justify="right", no_wrap=True)
