@@ -42,7 +42,7 @@ from shoal.evaluate.markdown import table
 
 PROMPT_TOKENS, NEW_TOKENS = 128, 96
 EDIT_EVERY = 16
-SHIPPED = Path(__file__).parents[1] / "examples" / "e2e_model"
+PROMPTS = Path(__file__).parents[1] / "examples" / "prompts.txt"
 RUNS = itertools.count()
 LOOKUPS = ("ngram", "suffix", "trigram", "auto")
 SMALL = {"OPT-125M": "OPT-125M-2", "OPT-quick": "OPT-quick"}
@@ -189,14 +189,14 @@ def describe(result: dict[str, Any]) -> str:
 
 def shipped_prompts(engine: Engine, count: int) -> list[list[int]]:
     """The example prompts of the shipped model, over and over."""
-    lines = (SHIPPED.parent / "prompts.txt").read_text(encoding="utf-8").splitlines()
+    lines = PROMPTS.read_text(encoding="utf-8").splitlines()
     tokens = [list(engine.tokenizer(line).input_ids) for line in lines]
     return (tokens * (count // len(tokens) + 1))[:count]
 
 
 def of_shipped(options: argparse.Namespace, runs: list[dict[str, Any]]) -> None:
     """Self-drafting at several depths on the model that was tuned for all of them."""
-    engine = Engine.from_pretrained(SHIPPED, dtype=options.dtype, max_batch=max(options.batches), cache_gib=1)
+    engine = Engine.from_pretrained("shoal-e2e", dtype=options.dtype, max_batch=max(options.batches), cache_gib=1)
     depths = {
         f"self at {name}": SelfDraft(plan=SkipDecode(depth=depth))
         for name, depth in (("1/2", 1 / 2), ("1/3", 1 / 3), ("1/5", 1 / 5))

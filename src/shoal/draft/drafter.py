@@ -4,13 +4,15 @@
     propose     lookups, and models where they pay; the better of each row; how many of its tokens the pass verifies
     committed   what came is held against all that was proposed, verified or not
 
-Lookups go on while drafting is off, and what they would have drafted is compared with what came: the engine sees when to begin
-again. A model that does not pay is tried again after 16 passes, then 32, up to 256, and anew when the number of rows changes.
+Lookups go on while drafting is off, unless they take more of a step than they bring, and what they would have drafted is compared
+with what came: the engine sees when to begin again. What does not pay is tried again after 16 passes, then 32, up to 256, and a
+model anew when half of the rows have gone.
 """
 
 from __future__ import annotations
 
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +25,7 @@ from shoal.draft.choices import Auto, Choice, SelfDraft, Suffix, choice_of
 from shoal.draft.control import STOP_AT, TRIAL_TOKENS, lengths, model_length
 from shoal.draft.proposal import Lookup, ModelProposer, Proposal
 from shoal.draft.resolve import check_choice, key_of, make_proposer
-from shoal.engine.drafting import Draft, DraftRow
+from shoal.engine.drafting import Draft, DraftRow, num_matching
 from shoal.engine.request import Request
 
 if TYPE_CHECKING:
@@ -31,12 +33,14 @@ if TYPE_CHECKING:
 
 FIRST_RETRY, LAST_RETRY = 8, 256
 """Passes before a model that did not pay is tried again, by one token: half of the first time, and at most."""
-HOPEFUL = 0.4
-"""Share of accepted tokens above which a model is tried at once where its passes have not been measured."""
+HOPEFUL, FIRST_TRIALS = 0.4, 6
+"""Share of accepted tokens above which a model is tried at once where its passes have not been measured, and how often in a row."""
 WEIGHT = 1 / 16
 """Of one token in the share of a model's that are accepted."""
 LOOKUP_WORTH = 0.5
 """Chance of its first token from which on a lookup is taken without asking a model."""
+LOOKUP_SHARE = 0.01
+"""Share of a step's seconds that a lookup may take whatever it brings."""
 LEAST_CHANCE = 0.05
 """Chance below which a drafted token is not worth a thought."""
 MAX_PASS_DRAFT = 192
@@ -57,6 +61,13 @@ class Source:
     passes_off: int = 0
     rows_off: int = 0
     """Rows for which a model was found not to pay."""
+    trials: int = 0
+    """In a row, of a model whose passes have not been measured."""
+    passes_on: int = 0
+    share: float = 0.0
+    """Of a lookup: recent share of a step's seconds that it took."""
+    gain: float = 0.0
+    """Of a lookup: tokens that were accepted per row and pass, of late."""
 
     def __post_init__(self) -> None:
         self.acceptance = Acceptance(self.proposer.priors)
@@ -68,6 +79,23 @@ class Source:
     def expected(self, proposal: Proposal) -> float:
         """Tokens of a proposal that will be accepted."""
         return sum(self.acceptance.chances(proposal.evidence))
+
+    def rests(self) -> bool:
+        """Whether a lookup is left out of this pass, because it takes more of a step than it brings: where steps are short, and
+        texts do not repeat themselves."""
+        if self.passes_off:
+            self.passes_off += 1
+            if self.passes_off <= self.retry_after:
+                return True
+            self.passes_off = self.passes_on = 0
+            return False
+        self.passes_on += 1
+        if self.gain > self.share:
+            self.retry_after = FIRST_RETRY
+        elif self.passes_on > FIRST_RETRY and self.share > LOOKUP_SHARE:
+            self.passes_off, self.retry_after = 1, min(2 * self.retry_after, LAST_RETRY)
+            return True
+        return False
 
     def learn(self, proposal: Proposal, token_ids: Sequence[int]) -> None:
         """Hold what was proposed against what came, up to the first difference."""
@@ -114,6 +142,7 @@ class Drafter:
         """Whether predicted seconds hold: elsewhere passes with drafts leave the recorded graphs, which no price tells."""
         self._sources: OrderedDict[Hashable, Source] = OrderedDict()
         self._making = threading.Lock()
+        self._last_step = 0.0
 
     def resolve(self, draft: object, prompt_tokens: int, max_new_tokens: int) -> object:
         """As in the engine's `Drafter`."""
@@ -129,6 +158,10 @@ class Drafter:
         """As in the engine's `Drafter`."""
         ways = {row.slot: way_of(row.request) for row in rows}
         asking = [row for row in rows if self._may_draft(row, room)]
+        began = time.perf_counter()
+        step_s, self._last_step = began - self._last_step, began
+        lookups = {source for row in asking for source in ways[row.slot].sources if hasattr(source.proposer, "look_up")}
+        took_s = {source: 0.0 for source in lookups if not source.rests()}
         for_models: dict[tuple[Source, int | None], list[DraftRow]] = {}
         for row in asking:
             way = ways[row.slot]
@@ -136,11 +169,18 @@ class Drafter:
                 if not hasattr(source.proposer, "look_up"):
                     for_models.setdefault((source, way.tokens), []).append(row)
                     break
+                if way.tokens is None and source not in took_s:
+                    way.why_not = "looking up takes more than it brings"
+                    continue
+                began = time.perf_counter()
                 found = source.proposer.look_up(row.request, way.most(row, source))
+                took_s[source] = took_s.get(source, 0.0) + time.perf_counter() - began
                 if found.tokens:
                     way.proposed[source], way.verify_all = found, way.tokens is not None
                     if source.acceptance.chance(found.evidence[0]) >= LOOKUP_WORTH:
                         break
+        for source, seconds in took_s.items():
+            source.share += WEIGHT * (min(1.0, seconds / step_s) - source.share)
         for (source, fixed), its_rows in for_models.items():
             self._ask_model(source, fixed, its_rows, tokens)
         return self._lengths({row.slot: ways[row.slot] for row in asking}, tokens, min(room, MAX_PASS_DRAFT))
@@ -151,8 +191,12 @@ class Drafter:
 
     def committed(self, request: Request, draft: Draft | None, token_ids: Sequence[int]) -> None:
         """As in the engine's `Drafter`."""
-        for source, proposal in way_of(request).proposed.items():
+        way = way_of(request)
+        for source, proposal in way.proposed.items():
             source.learn(proposal, token_ids)
+        for source in way.sources:
+            accepted = num_matching(draft.tokens, token_ids) if draft and source in way.proposed else 0
+            source.gain += WEIGHT / 4 * (accepted - source.gain)
 
     def ended(self, request: Request) -> None:
         """As in the engine's `Drafter`."""
@@ -212,11 +256,11 @@ class Drafter:
         self, source: Source, model: ModelProposer, rows: Sequence[DraftRow], tokens: Mapping[int, int]
     ) -> tuple[int, bool]:
         """How many tokens a model should draft, 0 for none; and whether that is a trial, to learn what it takes and brings."""
-        if source.passes_off and source.rows_off == len(rows):
+        if source.passes_off and 2 * len(rows) > source.rows_off:
             source.passes_off += 1
             if source.passes_off <= source.retry_after:
                 return 0, False
-            source.passes_off = 0
+            source.passes_off = source.trials = 0
             return 1, True
         slots, step_time = [row.slot for row in rows], self.runner.tally.step_time
         count = model_length(
@@ -225,7 +269,8 @@ class Drafter:
         if count:
             source.retry_after, source.passes_off = FIRST_RETRY, 0
             return count, False
-        if count is None and source.mean_chance > HOPEFUL:
+        if count is None and source.mean_chance > HOPEFUL and source.trials < FIRST_TRIALS:
+            source.trials += 1
             return TRIAL_TOKENS, True
         source.passes_off, source.rows_off = 1, len(rows)
         source.retry_after = min(2 * source.retry_after, LAST_RETRY)
