@@ -49,32 +49,52 @@ def summarise(work: Path, split: str, inputs: list[E2EInput]) -> dict[str, Any]:
     }
 
 
-def compare(entries: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The arms that compete at one budget, best first, and CALM, which does not: its rows exit early, its batches do not."""
+def compare(whole: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The arms that compete at one budget, best first, and CALM, which does not: its rows exit early, its batches do not.
+
+    Arms are ranked on the seeds that all of them have, on all of each where there is none.
+    """
+    common = set.intersection(*(seeds_of(entry) for entry in whole.values()))
+    entries = {name: of_seeds(entry, common) if common else entry for name, entry in whole.items()}
     score = {name: Statistics(summed(entry, "bleu_counts"), bleu_of).score().value for name, entry in entries.items()}
     order = sorted(entries, key=lambda name: -score[name])
     calm = [name for name in order if name.startswith("calm-")]
     plans = [name for name in order if name not in calm]
     best = entries[plans[0]] if plans else None
     return {
-        "arms": [standing(name, entries[name], best) for name in plans],
-        "calm": [standing(name, entries[name], best) for name in calm],
+        "seeds": sorted(common),
+        "arms": [standing(name, entries[name], best, whole[name]) for name in plans],
+        "calm": [standing(name, entries[name], best, whole[name]) for name in calm],
     }
 
 
+def seeds_of(entry: dict[str, Any]) -> set[int]:
+    """The seeds that an arm has at a budget."""
+    return {one["seed"] for one in entry["runs"]}
+
+
+def of_seeds(entry: dict[str, Any], seeds: set[int]) -> dict[str, Any]:
+    """What an arm did with some seeds only."""
+    kept = [at for at, one in enumerate(entry["runs"]) if one["seed"] in seeds]
+    return {part: [entry[part][at] for at in kept] for part in ("runs", "rows")}
+
+
 def claims(pooled: dict[tuple[float, str], dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """What the SkipDecode paper claims: BLEU of `any` minus that of another arm, paired, where both have the same seeds.
+    """What the SkipDecode paper claims: BLEU of `any` minus that of another arm, paired, on the seeds that both have.
 
     Against `dense` at depth 1 (what is lost), and at its own depth against no warm-up layer and against early termination.
     """
     found = {}
     for other in ("dense", "any-no-warmup", "any-early-termination"):
         found[other] = [
-            {"depth": budget, "bleu": rounded(statistics_of(one).minus(statistics_of(against)))}
+            {
+                "depth": budget,
+                "bleu": rounded(statistics_of(of_seeds(one, both)).minus(statistics_of(of_seeds(against, both)))),
+            }
             for budget in BUDGETS
             if (one := pooled.get((budget, "any")))
             and (against := pooled.get((1.0 if other == "dense" else budget, other)))
-            and [run["seed"] for run in one["runs"]] == [run["seed"] for run in against["runs"]]
+            and (both := seeds_of(one) & seeds_of(against))
         ]
     return {other: differences for other, differences in found.items() if differences}
 
@@ -84,8 +104,8 @@ def statistics_of(entry: dict[str, Any]) -> Statistics:
     return Statistics(summed(entry, "bleu_counts"), bleu_of)
 
 
-def standing(name: str, entry: dict[str, Any], best: dict[str, Any] | None) -> dict[str, Any]:
-    """An arm's scores at a budget, with its paired difference to the best one.
+def standing(name: str, entry: dict[str, Any], best: dict[str, Any] | None, whole: dict[str, Any]) -> dict[str, Any]:
+    """An arm's scores at a budget, with its paired difference to the best one; `whole` has the seeds beyond those in `entry`, too.
 
     Seeds are pooled: what an input adds is summed over them, so that resamples are of inputs. Arms with different seeds are not
     compared in pairs.
@@ -93,7 +113,7 @@ def standing(name: str, entry: dict[str, Any], best: dict[str, Any] | None) -> d
     rows, runs = entry["rows"], entry["runs"]
     seeds = [one["seed"] for one in runs]
     bleu = statistics_of(entry)
-    by_seed = [Statistics(np.array(row["bleu_counts"], float), bleu_of).score().value for row in rows]
+    by_seed = [Statistics(np.array(row["bleu_counts"], float), bleu_of).score().value for row in whole["rows"]]
     behind = None
     if best is not None and best is not entry and seeds == [one["seed"] for one in best["runs"]]:
         behind = rounded(statistics_of(best).minus(bleu))
@@ -107,7 +127,7 @@ def standing(name: str, entry: dict[str, Any], best: dict[str, Any] | None) -> d
         "bleu_by_seed": [round(value, 2) for value in by_seed],
         "behind_best": behind,
         "slot_error_rate": rounded(Statistics(summed(entry, "slot_counts"), quotient).score()),
-        "train_s": [one["train_s"] for one in runs],
+        "train_s": [one["train_s"] for one in whole["runs"]],
     }
 
 
@@ -264,6 +284,9 @@ def describe(result: dict[str, Any]) -> str:
         f"E2E {settings['split']} set, {settings['num_inputs']} inputs; 12 layers of width {settings['width']}, "
         f"{settings['steps']} steps of {settings['batch_size']} examples, {tokens} tokens for every arm of a seed."
     )
+    common = sorted({seed for budget in result["budgets"] for seed in budget["seeds"]})
+    if any(len(one["bleu_by_seed"]) > len(one["seeds"]) for budget in result["budgets"] for one in budget["arms"]):
+        intro += f" Arms are ranked on seed {', '.join(map(str, common))}, which all of a depth have; further seeds stand in their column."
     verdicts = [verdict(budget) for budget in result["budgets"] if budget["arms"]]
     verdicts += [calm_verdict(budget) for budget in result["budgets"] if budget["calm"]]
     if result["claims"]:
