@@ -286,7 +286,8 @@ def describe(result: dict[str, Any]) -> str:
     )
     common = sorted({seed for budget in result["budgets"] for seed in budget["seeds"]})
     if any(len(one["bleu_by_seed"]) > len(one["seeds"]) for budget in result["budgets"] for one in budget["arms"]):
-        intro += f" Arms are ranked on seed {', '.join(map(str, common))}, which all of a depth have; further seeds stand in their column."
+        seeds = ", ".join(map(str, common))
+        intro += f" Arms are ranked on seed {seeds}, which all of a depth have; further seeds stand in their column."
     verdicts = [verdict(budget) for budget in result["budgets"] if budget["arms"]]
     verdicts += [calm_verdict(budget) for budget in result["budgets"] if budget["calm"]]
     if result["claims"]:

@@ -293,7 +293,11 @@ def test_a_winner_is_named_only_beyond_chance():
     assert recipe_table.verdict(clear).startswith("At depth 1/3 `small-4` wins with ")
     near = {"depth": 1 / 3, **recipe_table.compare({"any": entry(12), "any-need": entry(12)})}
     assert "within chance of" in recipe_table.verdict(near)
-    unpaired = {"depth": 1 / 3, **recipe_table.compare({"any": entry(10), "small-4": entry(15, (0, 1))})}
+    more = recipe_table.compare({"any": entry(10), "small-4": entry(15, (0, 1))})
+    assert more["seeds"] == [0], "arms are ranked on the seeds that all have"
+    assert [len(one["bleu_by_seed"]) for one in more["arms"]] == [2, 1]
+    assert more["arms"][1]["behind_best"] is not None
+    unpaired = {"depth": 1 / 3, **recipe_table.compare({"any": entry(10, (1,)), "small-4": entry(15)})}
     assert recipe_table.verdict(unpaired).endswith("With other seeds, and so not compared: `any`.")
     beside = recipe_table.compare({"calm-dense": entry(15), "any": entry(10)})
     assert [one["arm"] for one in beside["arms"]] == ["any"], "what exits by confidence does not compete"
