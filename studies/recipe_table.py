@@ -206,6 +206,40 @@ def claims_said(found: dict[str, list[dict[str, Any]]]) -> str:
     return f"SkipDecode (`any`), BLEU minus that of {'; of '.join(parts)} (paired)."
 
 
+NEGLIGIBLE = 1.0
+"""BLEU that may be lost where "negligible" is claimed; as in `shoal reproduce`."""
+CLAIMED = {
+    "dense": "1. negligible loss against dense",
+    "any-no-warmup": "2. a warm-up layer helps",
+    "any-early-termination": "3. skipping beats early termination",
+}
+"""What the SkipDecode paper says, by the arm that tells."""
+
+
+def describe_claims(result: dict[str, Any]) -> str:
+    """The paper's claims on the recipe study's networks, a row each, with verdicts by the rule of `docs/reproduction.md`."""
+    rows = []
+    for other, claim in CLAIMED.items():
+        found = result["claims"].get(other, [])
+        below, above = (-NEGLIGIBLE, -NEGLIGIBLE) if other == "dense" else (0.0, 0.0)
+        plans = [one for one in found if one["depth"] < 1]  # at depth 1 nothing is skipped
+        if (
+            other == "any-no-warmup"
+        ):  # 12 layers at 1/5: 3 to 2 layers with the warm-up, 4 to 1 without, so more than it differs
+            plans = [one for one in plans if one["depth"] > 1 / 4]
+        if not plans:
+            continue
+        measured = " · ".join(f"{Score(**one['bleu']):+.1f} at {name_of(one['depth'])}" for one in plans)
+        if any(one["bleu"]["high"] < below for one in plans):
+            judged = "does not hold"
+        elif all(one["bleu"]["low"] > above for one in plans):
+            judged = "holds"
+        else:
+            judged = "not shown"
+        rows.append([claim, measured, judged])
+    return table(["claim", "BLEU of SkipDecode, tuned for any depth, minus the other's", "here"], rows)
+
+
 def listed(some: list[dict[str, Any]]) -> str:
     """Names of arms in a sentence."""
     return ", ".join(f"`{one['arm']}`" for one in some)

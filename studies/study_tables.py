@@ -23,6 +23,7 @@ DOCUMENTS = (HERE / "README.md", HERE.parent / "docs" / "reproduction.md")
 SECTION = re.compile(r"(<!-- (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 DESCRIBE = {
     "recipe": recipe_table.describe,
+    "recipe_claims": recipe_table.describe_claims,
     "deep_reading": deep_reading.describe,
     "long_outputs": long_outputs.describe,
     "suits_order": suits_order.describe,
@@ -36,7 +37,7 @@ def render(document: str) -> str:
 
     def section(match: re.Match[str]) -> str:
         start, name, end = match.groups()
-        path = RESULTS / f"{name}.json"
+        path = RESULTS / f"{name.removesuffix('_claims')}.json"
         if not path.is_file():
             return f"{start}No results yet.\n{end}"
         result = read_json(path)
