@@ -97,9 +97,9 @@ def recording(engine: Engine) -> Iterator[Sequence[Recorded]]:
     slots, passes = engine.runner.slots, list[Recorded]()
     record = slots.record
 
-    def note(rows: Rows) -> None:
+    def note(rows: Rows, committed: Ints) -> None:
         passes.append(Recorded(rows, slots.prompt_tokens[rows.slots]))
-        record(rows)
+        record(rows, committed)
 
     slots.record = note  # type: ignore[method-assign]
     try:

@@ -342,7 +342,7 @@ LONG_RUN = ("--depth", "1/2", "--max-new-tokens", "40", "--max-batch", "4", "--i
 @pytest.fixture(scope="module")
 def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("prompts") / "many.txt"
-    path.write_text("".join(f"name[The {n}]\n" for n in range(120)))
+    path.write_text("".join(f"name[The {n}]\n" for n in range(400)))
     return path
 
 
@@ -389,7 +389,7 @@ def test_interrupt_then_resume(checkpoint: Path, many: Path, undisturbed: bytes,
     assert written.endswith(b"\n")
     # The interrupt may come between a write and its being counted.
     num_written = written.count(b"\n")
-    assert any(f"{count} of 120 prompts are in {out}" in stderr for count in (num_written, num_written - 1))
+    assert any(f"{count} of 400 prompts are in {out}" in stderr for count in (num_written, num_written - 1))
     assert f"{out} {shlex.join(LONG_RUN)} --resume" in stderr
     result = shoal(checkpoint, many, "-o", out, *LONG_RUN, "--resume")
     assert result.exit_code == 0, result.output
