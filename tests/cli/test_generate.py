@@ -358,7 +358,14 @@ def stop_in_the_middle(checkpoint: Path, many: Path, out: Path, number: signal.S
     """Run in a process of its own, send the signal once some more lines are there; returns exit code and stderr."""
     command = [sys.executable, "-m", "shoal.cli.main", "generate", checkpoint, many, "-o", out, *LONG_RUN, *more]
     before = out.stat().st_size if out.exists() else 0
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "COLUMNS": "200"}) as process:
+    environment = {**os.environ, "COLUMNS": "200"}
+
+    def heed_interrupts() -> None:  # whoever runs the tests in the background has had them ignored
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=heed_interrupts
+    ) as process:
         while process.poll() is None and not (out.exists() and out.stat().st_size > before + 2000):
             time.sleep(0.005)
         process.send_signal(number)
