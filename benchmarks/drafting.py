@@ -98,6 +98,7 @@ def fresh(draft: object) -> object:
 def run(engine: Engine, prompts: Sequence[list[int]], how: Sequence[Sampling], draft: object) -> Sample:
     """One batch; all prompts are read in the first pass."""
     engine.stats.reset()
+    draft = fresh(draft)
     stats: list[DraftStats] = []
     tokens: list[tuple[int, ...]] = [()] * len(prompts)
     for index, (prompt, sampling) in enumerate(zip(prompts, how, strict=True)):
@@ -126,7 +127,7 @@ def measure(
 ) -> dict[str, Any]:  # fmt: skip
     """All ways to draft for one batch of one text, in rounds."""
     variants: dict[str, Callable[[], Sample]] = {"none": partial(run, engine, prompts, how, None)}
-    variants |= {name: lambda d=draft: run(engine, prompts, how, fresh(d)) for name, draft in drafts.items()}  # type: ignore[misc]
+    variants |= {name: partial(run, engine, prompts, how, draft) for name, draft in drafts.items()}
     interleaved(variants, 2)  # the engine learns what passes cost
     samples = interleaved(variants, options.rounds)
     plain = samples["none"]

@@ -9,7 +9,7 @@ So one token is drafted.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -26,28 +26,42 @@ STOP_AT = 0.3
 """A model stops drafting once the chance that something in the draft is wrong exceeds 1 minus this (SpecDec++ calls it h)."""
 
 
-def lengths(
-    chances: Mapping[int, Sequence[float]], tokens: Mapping[int, int], slots: SlotTable, step_time: StepTime, room: int
-) -> dict[int, int]:
+PassSeconds = Callable[[Mapping[int, int]], float | None]
+"""Predicted seconds of the pass at hand if it verifies so many drafted tokens, by slot; None while not measured."""
+
+
+def pass_seconds(tokens: Mapping[int, int], slots: SlotTable, step_time: StepTime) -> PassSeconds:
+    """What `step_time` predicts of a pass that brings `tokens` (by slot) beside the drafted ones."""
+    order = np.fromiter(tokens, dtype=np.int64)
+
+    def seconds(added: Mapping[int, int]) -> float | None:
+        counts = np.array([count + added.get(slot, 0) for slot, count in tokens.items()])
+        num_logits = len(tokens) + sum(added.values())
+        return step_time.seconds(pass_work(slots.served(order, counts), slots.num_computed[order], counts, num_logits))
+
+    return seconds
+
+
+def lengths(chances: Mapping[int, Sequence[float]], num_rows: int, seconds: PassSeconds, room: int) -> dict[int, int]:
     """How many tokens of each draft to verify, by slot.
 
-    Args: `chances`: by slot, of each drafted token to be reached and accepted, falling; `tokens`: by slot, what the pass brings
-    without drafts; `room`: most tokens that all drafts may add.
+    Args: `chances`: by slot, of each drafted token to be reached and accepted, falling; `num_rows`: rows of the pass, those without
+    a draft among them; `seconds`: see `PassSeconds`; `room`: most tokens that all drafts may add.
     """
     ranked = sorted(((chance, slot) for slot, row in chances.items() for chance in row), reverse=True)[:room]
     if not ranked:
         return {}
-    base = seconds(tokens, {}, slots, step_time)
+    base = seconds({})
     if base is None:
         return trial(ranked)
-    best, best_goodput = 0, LEAST_GAIN * len(tokens) / base
-    expected, added, at = float(len(tokens)), dict.fromkeys(chances, 0), 0
+    best, best_goodput = 0, LEAST_GAIN * num_rows / base
+    expected, added, at = float(num_rows), dict.fromkeys(chances, 0), 0
     for count in (*(count for count in COUNTS if count < len(ranked)), len(ranked)):
         for chance, slot in ranked[at:count]:
             expected += chance
             added[slot] += 1
         before, at = at, count
-        took = seconds(tokens, added, slots, step_time)
+        took = seconds(added)
         if took is None:
             if not before:
                 return trial(ranked)
@@ -70,40 +84,26 @@ def trial(ranked: Sequence[tuple[float, int]]) -> dict[int, int]:
     return {slot: min(count, TRIAL_TOKENS) for slot, count in added_by(ranked).items()}
 
 
-def seconds(tokens: Mapping[int, int], added: Mapping[int, int], slots: SlotTable, step_time: StepTime) -> float | None:
-    """Predicted seconds of a pass that brings `tokens` and verifies `added` ones, by slot; None while not measured."""
-    order = np.fromiter(tokens, dtype=np.int64)
-    counts = np.array([count + added.get(slot, 0) for slot, count in tokens.items()])
-    num_logits = len(tokens) + sum(added.values())
-    return step_time.seconds(pass_work(slots.served(order, counts), slots.num_computed[order], counts, num_logits))
-
-
 def model_length(
-    chance: float,
-    rows: Sequence[int],
-    most: int,
-    draft_s: float | None,
-    tokens: Mapping[int, int],
-    slots: SlotTable,
-    step_time: StepTime,
+    chance: float, rows: Sequence[int], num_rows: int, seconds: PassSeconds, *, most: int, draft_s: float | None
 ) -> int | None:
     """How many tokens a model should draft for `rows` (slots), if each is accepted with `chance`; 0 where none pay, None where what
     it takes has not been measured.
 
-    Args: `most`: the longest draft; `draft_s`: seconds per token drafted for all rows, None while not measured; `tokens`: by slot,
-    what the pass brings without drafts.
+    Args: `num_rows` and `seconds`: see `lengths`; `most`: the longest draft; `draft_s`: seconds per token drafted for all of
+    `rows`, None while not measured.
     """
-    base = seconds(tokens, {}, slots, step_time)
+    base = seconds({})
     if base is None or draft_s is None:
         return None
-    best, best_goodput = 0, LEAST_GAIN * len(tokens) / base
-    gained, before = 0.0, len(tokens) / base
+    best, best_goodput = 0, LEAST_GAIN * num_rows / base
+    gained, before = 0.0, num_rows / base
     for count in range(1, most + 1):
         gained += len(rows) * chance**count
-        took = seconds(tokens, dict.fromkeys(rows, count), slots, step_time)
+        took = seconds(dict.fromkeys(rows, count))
         if took is None:  # one token more than is known to be good, or nothing is known
             return count if best and best == count - 1 else best or None
-        goodput = (len(tokens) + gained) / (took + count * draft_s)
+        goodput = (num_rows + gained) / (took + count * draft_s)
         if goodput < before:
             break  # the next token would gain less than this one, and cost as much
         before = goodput

@@ -22,7 +22,7 @@ import numpy as np
 
 from shoal.draft.acceptance import Acceptance
 from shoal.draft.choices import Auto, Choice, SelfDraft, Suffix, choice_of
-from shoal.draft.control import STOP_AT, TRIAL_TOKENS, lengths, model_length
+from shoal.draft.control import STOP_AT, TRIAL_TOKENS, PassSeconds, lengths, model_length, pass_seconds
 from shoal.draft.proposal import Lookup, ModelProposer, Proposal
 from shoal.draft.resolve import check_choice, key_of, make_proposer
 from shoal.engine.drafting import Draft, DraftRow, num_matching
@@ -181,9 +181,12 @@ class Drafter:
                         break
         for source, seconds in took_s.items():
             source.share += WEIGHT * (min(1.0, seconds / step_s) - source.share)
+        predicted_s = pass_seconds(tokens, self.runner.slots, self.runner.tally.step_time)
         for (source, fixed), its_rows in for_models.items():
-            self._ask_model(source, fixed, its_rows, tokens)
-        return self._lengths({row.slot: ways[row.slot] for row in asking}, tokens, min(room, MAX_PASS_DRAFT))
+            self._ask_model(source, fixed, its_rows, len(tokens), predicted_s)
+        return self._lengths(
+            {row.slot: ways[row.slot] for row in asking}, len(tokens), predicted_s, min(room, MAX_PASS_DRAFT)
+        )
 
     def why_not(self, request: Request) -> str | None:
         """As in the engine's `Drafter`."""
@@ -229,12 +232,12 @@ class Drafter:
             return self._sources[key]
 
     def _ask_model(
-        self, source: Source, fixed: int | None, rows: Sequence[DraftRow], tokens: Mapping[int, int]
+        self, source: Source, fixed: int | None, rows: Sequence[DraftRow], num_rows: int, seconds: PassSeconds
     ) -> None:
         """Have a model draft for `rows`, `fixed` tokens each or as many as pay."""
         model = source.proposer
         assert not hasattr(model, "look_up")
-        count, trial = (fixed, False) if fixed else self._model_length(source, model, rows, tokens)
+        count, trial = (fixed, False) if fixed else self._model_length(source, model, rows, num_rows, seconds)
         if not count:
             for row in rows:
                 way_of(row.request).why_not = "drafting would not be faster"
@@ -253,7 +256,7 @@ class Drafter:
             way.verify_all = bool(fixed) or trial or bool(proposal.distributions)
 
     def _model_length(
-        self, source: Source, model: ModelProposer, rows: Sequence[DraftRow], tokens: Mapping[int, int]
+        self, source: Source, model: ModelProposer, rows: Sequence[DraftRow], num_rows: int, seconds: PassSeconds
     ) -> tuple[int, bool]:
         """How many tokens a model should draft, 0 for none; and whether that is a trial, to learn what it takes and brings."""
         if source.passes_off and 2 * len(rows) > source.rows_off:
@@ -262,10 +265,9 @@ class Drafter:
                 return 0, False
             source.passes_off = source.trials = 0
             return 1, True
-        slots, step_time = [row.slot for row in rows], self.runner.tally.step_time
-        count = model_length(
-            source.mean_chance, slots, model.longest, model.seconds(rows), tokens, self.runner.slots, step_time
-        )
+        slots = [row.slot for row in rows]
+        draft_s = model.seconds(rows)
+        count = model_length(source.mean_chance, slots, num_rows, seconds, most=model.longest, draft_s=draft_s)
         if count:
             source.retry_after, source.passes_off = FIRST_RETRY, 0
             return count, False
@@ -276,7 +278,7 @@ class Drafter:
         source.retry_after = min(2 * source.retry_after, LAST_RETRY)
         return 0, False
 
-    def _lengths(self, ways: Mapping[int, Way], tokens: Mapping[int, int], room: int) -> dict[int, Draft]:
+    def _lengths(self, ways: Mapping[int, Way], num_rows: int, seconds: PassSeconds, room: int) -> dict[int, Draft]:
         """Of the best proposal of each slot what the pass verifies."""
         best = {slot: found for slot, way in ways.items() if (found := way.best()) is not None}
         counts: dict[int, int] = {}
@@ -292,7 +294,7 @@ class Drafter:
             if likely:
                 chances[slot] = likely
         if chances:
-            counts |= lengths(chances, tokens, self.runner.slots, self.runner.tally.step_time, room)
+            counts |= lengths(chances, num_rows, seconds, room)
         return {slot: cut(best[slot][1], count) for slot, count in counts.items() if count}
 
 

@@ -8,7 +8,6 @@ that may be taken back (`drafting.py`).
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
 import time
@@ -75,35 +74,32 @@ class Runner:
         rows = self._rows(tokens, drafts)
         slots = rows.slots.tolist()
         requests, drafted = [self.slots[slot] for slot in slots], [drafts.get(slot) for slot in slots]
-        starts, ends = rows.starts.tolist(), (rows.starts + rows.num_tokens).tolist()
-        own_ends = [end - len(draft.tokens) if draft else end for end, draft in zip(ends, drafted, strict=True)]
-        emits = [own_end == request.known for request, own_end in zip(requests, own_ends, strict=True)]
-        num_logits = np.array([emit * (1 + end - own) for emit, end, own in zip(emits, ends, own_ends, strict=True)])
-        token_ids = list(
-            itertools.chain.from_iterable(
-                (*request.tokens(start, own_end - start), *(draft.tokens if draft else ()))
-                for request, start, own_end, draft in zip(requests, starts, own_ends, drafted, strict=True)
-            )
-        )
+        proposed = [draft.tokens if draft else () for draft in drafted]
+        num_drafted = np.array(list(map(len, proposed)))
+        spans = list(zip(requests, rows.starts.tolist(), (rows.num_tokens - num_drafted).tolist(), strict=True))
+        emits = np.array([start + count == request.known for request, start, count in spans])
+        num_logits = emits * (1 + num_drafted)
+        token_ids: list[int] = []
+        for (request, start, count), drafted_ids in zip(spans, proposed, strict=True):
+            token_ids += request.tokens(start, count)
+            token_ids += drafted_ids
 
         self._hold(rows)
         watched = watch(rows, [request.prompt_states for request in requests], self.decoder.device)
         sums = watched.sums if watched else None
         given = given_states(rows, drafted) if drafts else None
         logits = self.decoder(build_pass(rows, token_ids, num_logits, state_sums=sums, given=given), self.cache)
-        emitting = [row for row, emit in enumerate(emits) if emit]
-        proposed = [drafted[row].tokens if drafted[row] else () for row in emitting]  # type: ignore[union-attr]
+        emitting = np.flatnonzero(emits).tolist()
         coupled = {i: draft.distributions for i, row in enumerate(emitting) if (draft := drafted[row]) is not None}
-        sampled = verify(logits, [requests[row] for row in emitting], proposed, coupled)
+        sampled = verify(logits, [requests[row] for row in emitting], [proposed[row] for row in emitting], coupled)
 
         decodes = self.slots.decodes(rows)
         committed = rows.num_tokens
         if drafts:
             committed = committed.copy()
-            committed[emitting] -= [len(draft) + 1 - len(ones) for draft, ones in zip(proposed, sampled, strict=True)]
-        self.slots.record(
-            rows, committed
-        )  # from here on the pass counts: whatever interrupts what is above, it can be run again
+            committed[emitting] -= num_logits[emitting] - [len(ones) for ones in sampled]
+        # From here on the pass counts: whatever interrupts what is above, it can be run again.
+        self.slots.record(rows, committed)
         if watched:
             watched.keep()
         for row, ones in zip(emitting, sampled, strict=True):
