@@ -80,7 +80,7 @@ def measure(name: str, checkpoint: Path, prompts: list[str]) -> dict[str, Any]:
             {
                 "depth": label,
                 "acceptance": round(stats.acceptance or 0, 4),
-                "tokens_per_pass": round(ledger.decode_passes / ledger.decode_steps, 3),
+                "tokens_per_pass": round(ledger.decode_passes / stats.steps, 3),
                 "layers_of_the_plan": engine.shape.num_layers,
                 "layers_beyond": round(ledger.draft_layer_tokens / ledger.decode_passes, 3),
                 "same_tokens": sum(one.token_ids == tokens for one, tokens in zip(done, expected, strict=True)),

@@ -123,7 +123,6 @@ def expected_ledger(cost: PlanCost, dense: PlanCost, prompt_tokens: int, new_tok
         prompt_tokens=batch * prompt_tokens,
         new_tokens=batch * new_tokens,
         decode_passes=batch * (new_tokens - 1),
-        decode_steps=batch * (new_tokens - 1),
         prompt_layer_tokens=cost.prompt_layer_tokens,
         decode_layer_tokens=cost.decode_layer_tokens,
         dense_prompt_layer_tokens=dense.prompt_layer_tokens,

@@ -115,7 +115,6 @@ class Tally:
             prompt_layer_pairs=layers * causal_pairs(0, prompt_tokens),
             decode_layer_tokens=int(self.layers[row]),
             decode_layer_pairs=int(self.pairs[row]),
-            decode_steps=passes,
         )
         checks, fills = int(self.checks[row]), int(self.fills[row])
         more_heads = flops(shape, layer_tokens=0, layer_pairs=0, heads=int(self.heads[row]) - passes)

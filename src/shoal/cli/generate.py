@@ -259,7 +259,7 @@ def record(done: Generation, *, token_ids: bool) -> dict[str, Any]:
         fields["drafting"] = {
             "drafted": done.drafting.drafted,
             "accepted": done.drafting.accepted,
-            "passes": ledger.decode_steps,
+            "passes": done.drafting.steps,
             "off": done.drafting.off,
         }
     fields["usage"] = {
@@ -308,7 +308,7 @@ def report(console: Console, run: RunCost, dense: RunCost | None) -> None:
 
 def drafting_line(run: RunCost) -> str:
     """What drafting did, and why it was off where it was."""
-    done, steps = run.drafting, max(1, run.ledger.decode_steps)
+    done, steps = run.drafting, max(1, run.drafting.steps)
     line = f"Drafting: {run.ledger.decode_passes / steps:.2f} tokens per pass"
     if done.acceptance is not None:
         line += f", {done.accepted} of {done.drafted} drafted tokens accepted ({100 * done.acceptance:.0f}%)"

@@ -74,6 +74,11 @@ class DraftStats:
     """Why, and how often."""
 
     @property
+    def steps(self) -> int:
+        """Decode passes: as many as consumed tokens, or fewer where drafts were accepted."""
+        return self.passes + self.passes_without
+
+    @property
     def taken_back(self) -> int:
         """Tokens drafted in vain."""
         return self.drafted - self.accepted

@@ -18,8 +18,6 @@ class Ledger:
     """Tokens emitted."""
     decode_passes: int = 0
     """Generated tokens that were consumed, each in the pass of its clock: one fewer than emitted tokens."""
-    decode_steps: int = 0
-    """Passes of the engine that consumed them: as many, or fewer where drafts were accepted."""
     prompt_layer_tokens: int = 0
     """Layer x token products of the prompt."""
     decode_layer_tokens: int = 0
@@ -71,7 +69,6 @@ class Ledger:
         prompt_layer_pairs: int,
         decode_layer_tokens: int,
         decode_layer_pairs: int,
-        decode_steps: int,
         draft_layer_tokens: int = 0,
         draft_layer_pairs: int = 0,
         draft_heads: int = 0,
@@ -85,7 +82,6 @@ class Ledger:
             prompt_tokens=prompt_tokens,
             new_tokens=new_tokens,
             decode_passes=decode_passes,
-            decode_steps=decode_steps,
             prompt_layer_tokens=prompt_layer_tokens,
             decode_layer_tokens=decode_layer_tokens,
             dense_prompt_layer_tokens=layers * prompt_tokens,

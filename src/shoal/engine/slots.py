@@ -32,7 +32,6 @@ class SlotTable:
         self.layer_pairs = np.zeros((num_slots, 3), dtype=np.int64)  # (query, key) pairs of their attention
         self.draft_heads = np.zeros(num_slots, dtype=np.int64)  # logits of drafting
         self.small_model_flops = np.zeros(num_slots, dtype=np.int64)  # of another model that drafted
-        self.decode_steps = np.zeros(num_slots, dtype=np.int64)  # passes that consumed generated tokens
 
     @property
     def running(self) -> list[int]:
@@ -53,7 +52,7 @@ class SlotTable:
         self.cutoffs[slot] = request.plan.cutoffs
         self.runs_prompt[slot] = request.plan.runs_prompt
         self.layer_tokens[slot] = self.layer_pairs[slot] = 0
-        self.draft_heads[slot] = self.small_model_flops[slot] = self.decode_steps[slot] = 0
+        self.draft_heads[slot] = self.small_model_flops[slot] = 0
 
     def leave(self, slot: int) -> None:
         """Empty a slot."""
@@ -87,13 +86,13 @@ class SlotTable:
     def record(self, rows: Rows, committed: Ints) -> None:
         """Note that a pass ran these rows, and that the first `committed` [R] tokens of each stay: the others are taken back."""
         decode = self.decodes(rows).astype(np.int64)
-        kept = np.minimum(rows.served, committed[:, None])
+        whole = committed is rows.num_tokens  # as in every pass without drafts
+        kept = rows.served if whole else np.minimum(rows.served, committed[:, None])
         layer_tokens, layer_pairs = kept.sum(axis=1), pairs(rows.starts, kept)
         self.layer_tokens[rows.slots, decode] += layer_tokens
         self.layer_pairs[rows.slots, decode] += layer_pairs
         self.num_computed[rows.slots] += committed
-        self.decode_steps[rows.slots] += decode
-        if rows.done is None and (committed == rows.num_tokens).all():
+        if whole:
             return
         # What a draft's own pass has done already was noted there: this takes away what of it belongs to the plan.
         self.layer_tokens[rows.slots, 2] += rows.ran.sum(axis=1) - layer_tokens
@@ -132,7 +131,6 @@ class SlotTable:
             prompt_layer_pairs=prompt_layer_pairs,
             decode_layer_tokens=decode_layer_tokens,
             decode_layer_pairs=decode_layer_pairs,
-            decode_steps=int(self.decode_steps[slot]),
             draft_layer_tokens=draft_layer_tokens,
             draft_layer_pairs=draft_layer_pairs,
             draft_heads=int(self.draft_heads[slot]),
