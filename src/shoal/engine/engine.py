@@ -236,10 +236,14 @@ class Engine:
 
         `index` comes back in its chunks; without `streaming`, text is decoded once, at the end.
         """
-        requests = self._requests(prompt, sampling, plan, draft, index=index, timeout_s=timeout_s, streaming=streaming)
+        requests = self.prepare(prompt, sampling, plan, draft, index=index, timeout_s=timeout_s, streaming=streaming)
+        self.submit(requests)
+        return [request.request_id for request in requests]
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Queue requests of `prepare` for `step`."""
         with self._lock:
             self.runner.submit(requests)
-        return [request.request_id for request in requests]
 
     def step(self) -> list[Chunk]:
         """Run one pass; returns what each request gained. Chunks of `stream` and `generate` calls go to those, too.
@@ -257,18 +261,21 @@ class Engine:
         with self._lock:
             self.runner.cancelled.add(request_id)
 
-    def _requests(
+    def prepare(
         self,
         prompt: Prompt,
-        sampling: Sampling | None,
-        plan: Plan | None,
-        draft: Drafting,
+        sampling: Sampling | None = None,
+        plan: Plan | None = None,
+        draft: Drafting = None,
         *,
-        index: int,
-        timeout_s: float | None,
-        streaming: bool,
+        index: int = 0,
+        timeout_s: float | None = None,
+        streaming: bool = True,
     ) -> list[Request]:
-        """Check one prompt and make its requests, one per sample."""
+        """Check one prompt and make its requests, one per sample; nothing is queued. Waits for no pass that another thread runs.
+
+        Arguments as for `add`; raises `InvalidInput`.
+        """
         if timeout_s is not None and not (isinstance(timeout_s, int | float) and timeout_s >= 0):
             raise InvalidInput(f"timeout_s must be 0 or more seconds, got {timeout_s!r}")
         job = check_job(
@@ -304,11 +311,12 @@ class Engine:
 
     def _drafter(self) -> Drafter:
         """Who drafts, made when it is first asked for."""
-        with self._lock:
-            if self.runner.drafter is None:
-                assert Engine.make_drafter, "import shoal, which says how"
-                self.runner.drafter = Engine.make_drafter(self)
-            return self.runner.drafter
+        if self.runner.drafter is None:
+            with self._lock:
+                if self.runner.drafter is None:  # still
+                    assert Engine.make_drafter, "import shoal, which says how"
+                    self.runner.drafter = Engine.make_drafter(self)
+        return self.runner.drafter
 
     def _submit(
         self,
@@ -328,7 +336,7 @@ class Engine:
         requests: list[Request] = []
         for index, job in enumerate(zip(listed, samplings, plans, drafts, strict=True)):
             try:
-                requests += self._requests(*job, index=index, timeout_s=timeout_s, streaming=streaming)
+                requests += self.prepare(*job, index=index, timeout_s=timeout_s, streaming=streaming)
             except InvalidInput as error:
                 raise type(error)(f"prompt {index}: {error}") from error
         mailbox: deque[Chunk] = deque()

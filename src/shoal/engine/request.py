@@ -44,6 +44,8 @@ class Generation:
     """`stop`: end of sequence or a stop string; `length`: max_new_tokens; or `cancelled`, `timeout`, `error`."""
     logprobs: tuple[TokenLogprobs, ...] | None
     """One per token where asked for."""
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None
+    """One per token of the prompt from the second on, where asked for; fewer where it ended before it was read."""
     ledger: Ledger
     """What it cost."""
     past_horizon: bool
@@ -70,6 +72,8 @@ class Chunk:
     """Tokens committed in this pass."""
     text: str
     """Text that is now certain: held back while it may still become a stop string or an incomplete character."""
+    logprobs: tuple[TokenLogprobs, ...] | None
+    """One per token where asked for."""
     generation: Generation | None
     """The whole result in the request's last chunk."""
 
@@ -95,16 +99,24 @@ class Request:
     """[max_new_tokens]: most cache blocks it can hold from its k-th pass on, the prompt's being pass 0."""
     prompt_states: PromptStates | None = None
     """Where a router decides: what it will read."""
+    priority: float = 0.0
+    """Among waiting requests the lowest enters first, and of equal ones the first that came."""
     draft: object | None = None
     """How it is drafted for, in its `Drafter`'s terms; None for not at all."""
     draft_stats: DraftStats = field(default_factory=DraftStats)
     output: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
 
     @property
     def known(self) -> int:
         """Tokens of prompt and output."""
         return len(self.prompt) + len(self.output)
+
+    @property
+    def reports_logprobs(self) -> bool:
+        """Whether `logprobs` has one per token of the output."""
+        return self.sampling.logprobs is not None
 
     def tokens(self, start: int, count: int) -> list[int]:
         """Known tokens `start .. start + count`."""
@@ -128,5 +140,6 @@ class Request:
             sample=self.sample,
             token_ids=token_ids,
             text=text,
+            logprobs=tuple(self.logprobs[len(self.logprobs) - len(token_ids) :]) if self.reports_logprobs else None,
             generation=generation,
         )

@@ -8,6 +8,7 @@ that may be taken back (`drafting.py`).
 
 from __future__ import annotations
 
+import bisect
 import math
 import os
 import time
@@ -29,6 +30,7 @@ from shoal.engine.drafting import (
     stack_done,
 )
 from shoal.engine.ledger import Ledger
+from shoal.engine.prompt_scores import score_prompts, scores_prompt
 from shoal.engine.request import Chunk, FinishReason, Generation, Request
 from shoal.engine.routing import watch
 from shoal.engine.sampler import Sampled, verify
@@ -79,6 +81,8 @@ class Runner:
         spans = list(zip(requests, rows.starts.tolist(), (rows.num_tokens - num_drafted).tolist(), strict=True))
         emits = np.array([start + count == request.known for request, start, count in spans])
         num_logits = emits * (1 + num_drafted)
+        scored = [scores_prompt(request, start) for request, start, _ in spans]
+        kept = np.where(scored, rows.num_tokens, num_logits) if any(scored) else num_logits
         token_ids: list[int] = []
         for (request, start, count), drafted_ids in zip(spans, proposed, strict=True):
             token_ids += request.tokens(start, count)
@@ -88,7 +92,9 @@ class Runner:
         watched = watch(rows, [request.prompt_states for request in requests], self.decoder.device)
         sums = watched.sums if watched else None
         given = given_states(rows, drafted) if drafts else None
-        logits = self.decoder(build_pass(rows, token_ids, num_logits, state_sums=sums, given=given), self.cache)
+        logits = self.decoder(build_pass(rows, token_ids, kept, state_sums=sums, given=given), self.cache)
+        if kept is not num_logits:
+            logits = score_prompts(logits, spans, kept.tolist())
         emitting = np.flatnonzero(emits).tolist()
         coupled = {i: draft.distributions for i, row in enumerate(emitting) if (draft := drafted[row]) is not None}
         sampled = verify(logits, [requests[row] for row in emitting], [proposed[row] for row in emitting], coupled)
@@ -113,12 +119,13 @@ class Runner:
         if drafts or retired.any():
             still = np.array([s for s in slots if self.slots.requests[s] is not None], dtype=np.int64)
             self.cache.hold(still, self.slots.held_positions(still))
-        self.tally.note(rows, decodes, int(num_logits.sum()), time.perf_counter() - began - self._draft_s)
+        self.tally.note(rows, decodes, int(kept.sum()), time.perf_counter() - began - self._draft_s)
         return chunks
 
     def submit(self, requests: Sequence[Request]) -> None:
         """Queue requests."""
-        self.scheduler.waiting.extend(requests)
+        for request in requests:
+            bisect.insort(self.scheduler.waiting, request, key=lambda waiting: waiting.priority)
         self._next_deadline = min([self._next_deadline, *(r.deadline for r in requests if r.deadline is not None)])
 
     def end_early(self) -> list[Chunk]:
@@ -249,7 +256,8 @@ class Runner:
             text=request.text.text,
             token_ids=tuple(request.output),
             finish_reason=reason,
-            logprobs=tuple(request.logprobs) if request.sampling.logprobs is not None else None,
+            logprobs=tuple(request.logprobs) if request.reports_logprobs else None,
+            prompt_logprobs=None if request.sampling.prompt_logprobs is None else tuple(request.prompt_logprobs),
             ledger=ledger,
             past_horizon=past_horizon,
             plan=request.plan,

@@ -12,6 +12,9 @@ from shoal.errors import InvalidInput
 LogitsProcessor = Callable[[list[int], Tensor], Tensor]
 """`processor(token_ids, logits) -> logits`: prompt and output so far, and float32 [V]; returns float32 [V]."""
 
+OPTIONAL = ("top_k", "top_p", "min_p", "logprobs", "prompt_logprobs")
+"""Numbers that may be None."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -48,6 +51,8 @@ class Sampling:
     """Completions of the prompt; with temperature above 0 each draws noise of its own."""
     logprobs: int | None = None
     """Report log-probabilities of the chosen token and of this many most probable ones, from logits as the model gave them."""
+    prompt_logprobs: int | None = None
+    """The same of the prompt's tokens from the second on, by the layers that the prompt runs."""
     processor: LogitsProcessor | None = None
     """The user's own change of the logits, after penalties and bias, before temperature."""
 
@@ -55,13 +60,13 @@ class Sampling:
         if not isinstance(self.stop, str | tuple | list):
             raise InvalidInput(f"stop must be a string or several, got {self.stop!r}")
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
-        for name in ("max_new_tokens", "min_new_tokens", "top_k", "seed", "n", "logprobs"):
+        for name in ("max_new_tokens", "min_new_tokens", "top_k", "seed", "n", "logprobs", "prompt_logprobs"):
             value = getattr(self, name)
-            if not isinstance(value, int) and not (value is None and name in ("top_k", "logprobs")):
+            if not isinstance(value, int) and not (value is None and name in OPTIONAL):
                 raise InvalidInput(f"{name} must be a whole number, got {value!r}")
         for name in ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"):
             value = getattr(self, name)
-            if not isinstance(value, int | float) and not (value is None and name in ("top_p", "min_p")):
+            if not isinstance(value, int | float) and not (value is None and name in OPTIONAL):
                 raise InvalidInput(f"{name} must be a number, got {value!r}")
         biases = self.logit_bias.items() if isinstance(self.logit_bias, Mapping) else [(None, 0.0)]
         rules = {
@@ -82,6 +87,7 @@ class Sampling:
             "seed": (0 <= self.seed < 2**64, "0 to 2**64 - 1"),
             "n": (self.n >= 1, "1 or more"),
             "logprobs": (self.logprobs is None or self.logprobs >= 0, "0 or more"),
+            "prompt_logprobs": (self.prompt_logprobs is None or self.prompt_logprobs >= 0, "0 or more"),
         }
         for name, (holds, allowed) in rules.items():
             if not holds:

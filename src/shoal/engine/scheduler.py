@@ -11,6 +11,7 @@ import numpy as np
 
 from shoal.depth.plan import ALWAYS
 from shoal.engine.cache import KVCache
+from shoal.engine.prompt_scores import MAX_CHUNK_TOKENS
 from shoal.engine.request import Request
 from shoal.engine.slots import SlotTable
 from shoal.engine.step_time import Courses, StepTime
@@ -20,7 +21,8 @@ LEAST_GAIN = 1.05
 
 
 class Scheduler:
-    """First come, first served. Admission reserves the most blocks a request can ever hold, so a running one is never put back."""
+    """Lowest priority number first, then first come, first served. Admission reserves the most blocks a request can ever hold, so a
+    running one is never put back."""
 
     def __init__(self, slots: SlotTable, cache: KVCache, step_time: StepTime, *, max_pass_tokens: int) -> None:
         """`step_time`: what decides between admitting at once and in waves; `max_pass_tokens`: most tokens in one pass, at least
@@ -61,7 +63,8 @@ class Scheduler:
         room = self.max_pass_tokens - len(tokens)
         for slot, count in behind.items():
             if count > 1 and room > 0:
-                tokens[slot] = min(count, room)
+                scored = self.slots[slot].sampling.prompt_logprobs is not None
+                tokens[slot] = min(count, room, MAX_CHUNK_TOKENS if scored else room)
                 room -= tokens[slot]
         return tokens
 
