@@ -23,9 +23,7 @@ def prompt_of(length: int) -> list[int]:
 @pytest.mark.parametrize("max_pass_tokens", [7, 2048])
 def test_prompts_are_scored_as_if_they_were_written(make_engine: Make, max_pass_tokens: int) -> None:
     """Every token's log-probability is the one it would have if the model had been made to emit it; chunks change nothing."""
-    prompts = [
-        prompt_of(length) for length in (1, 2, 40, 250)
-    ]  # the last needs two passes even if all of it would fit
+    prompts = [prompt_of(length) for length in (1, 2, 40, 250)]  # the last needs two passes even if all of it would fit
     alone = make_engine()
     written = [
         alone.generate([prompt[:1]], replace(forced(prompt[:1], prompt[1:]), logprobs=2))[0].logprobs

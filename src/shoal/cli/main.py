@@ -19,6 +19,7 @@ from shoal.cli.plan import plan
 from shoal.cli.report import report
 from shoal.cli.reproduce import reproduce
 from shoal.cli.route import route
+from shoal.cli.serve import serve
 from shoal.cli.suits import suits
 from shoal.cli.tune import tune
 from shoal.cli.voids import voids
@@ -64,7 +65,7 @@ def main(
     """What stands before a command."""
 
 
-for command in (generate, plan, info, convert, tune, voids, frontier, route, suits, defer, report, reproduce):
+for command in (generate, serve, plan, info, convert, tune, voids, frontier, route, suits, defer, report, reproduce):
     app.command()(command)
 
 

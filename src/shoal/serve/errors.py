@@ -1,0 +1,100 @@
+"""Errors as OpenAI's API gives them: `{"error": {"message", "type", "param", "code"}}`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from shoal.errors import InvalidInput
+
+TYPES = {
+    401: "authentication_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+    500: "server_error",
+    503: "server_error",
+    504: "server_error",
+}
+"""By status; whatever is not here is the client's mistake."""
+
+
+class ApiError(Exception):
+    """What a request is answered with instead."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_s: int | None = None,
+    ) -> None:
+        """`param`: the field of the body that is at fault; `retry_after_s`: when to come again."""
+        super().__init__(message)
+        self.status, self.message, self.param, self.code, self.retry_after_s = (
+            status,
+            message,
+            param,
+            code,
+            retry_after_s,
+        )
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """JSON-ready form."""
+        kind = TYPES.get(self.status, "invalid_request_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+    def response(self) -> JSONResponse:
+        """The answer over HTTP."""
+        # What will not be better the second time is not to be tried again by clients that do so by themselves.
+        headers = {"x-should-retry": "true" if self.status in (429, 503) else "false"}
+        if self.retry_after_s is not None:
+            headers["retry-after"] = str(self.retry_after_s)
+        if self.status == 401:
+            headers["www-authenticate"] = "Bearer"
+        return JSONResponse(self.body, status_code=self.status, headers=headers)
+
+
+def invalid(error: InvalidInput, param: str | None = None) -> ApiError:
+    """The engine's own refusal of a request."""
+    return ApiError(400, str(error), param=param)
+
+
+async def on_api_error(_: Request, error: Exception) -> JSONResponse:
+    """Handler of `ApiError`."""
+    assert isinstance(error, ApiError)
+    return error.response()
+
+
+async def on_validation_error(_: Request, error: Exception) -> JSONResponse:
+    """Handler of bodies that do not fit the schema: the first thing wrong with it. The body itself is not repeated."""
+    assert isinstance(error, RequestValidationError)
+    problem = error.errors()[0]
+    param = path_of(problem["loc"])
+    message = "is not a parameter that this server knows" if problem["type"] == "extra_forbidden" else problem["msg"]
+    return ApiError(400, f"{param or 'body'}: {message}", param=param).response()
+
+
+async def on_http_error(_: Request, error: Exception) -> JSONResponse:
+    """Handler of the framework's own refusals: unknown paths and methods, bodies that are not JSON."""
+    assert isinstance(error, HTTPException)
+    return ApiError(error.status_code, str(error.detail)).response()
+
+
+def path_of(location: Sequence[str | int]) -> str | None:
+    """A field as users write it.
+
+    >>> path_of(("body", "messages", 0, "content"))
+    'messages[0].content'
+    """
+    path = ""
+    for part in location[1:]:
+        path += f"[{part}]" if isinstance(part, int) else f".{part}"
+    return path.lstrip(".") or None

@@ -1,0 +1,191 @@
+"""Bodies of requests. What is not here is refused by name, and so is a value outside its range: nothing is ignored.
+
+The fields of OpenAI's API mean what they mean there. `depth`, `plan` and `draft` are Shoal's, and the sampling fields below
+`ignore_eos` are those that other open servers have as well.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Tokens = list[Annotated[int, Field(ge=0)]]
+MAX_LOGPROBS = 20
+
+
+class Body(BaseModel):
+    """A body without unknown fields; null is the same as leaving a field out."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, body: Any) -> Any:
+        return {name: value for name, value in body.items() if value is not None} if isinstance(body, dict) else body
+
+
+class StreamOptions(Body):
+    """What a stream carries beside text."""
+
+    include_usage: bool = Field(False, description="A last event with `usage`.")
+    include_layers: bool = Field(False, description="Per event the tokens, and how many layers computed each.")
+
+
+class JsonSchema(Body):
+    """A named schema."""
+
+    name: str = "schema"
+    description: str = ""
+    json_schema: dict[str, Any] = Field(alias="schema")
+    strict: bool = Field(True, description="The schema is always enforced: false is refused.")
+
+
+class ResponseFormat(Body):
+    """What the completion has to look like."""
+
+    type: Literal["text", "json_object", "json_schema", "regex", "choice"]
+    json_schema: JsonSchema | None = Field(None, description="With type json_schema.")
+    regex: str | None = Field(None, description="With type regex: the whole completion matches it.")
+    choice: list[str] | None = Field(None, min_length=1, description="With type choice: the completion is one of them.")
+
+    @model_validator(mode="after")
+    def _has_its_field(self) -> ResponseFormat:
+        for name in ("json_schema", "regex", "choice"):
+            if (getattr(self, name) is not None) != (self.type == name):
+                raise ValueError(f"type {self.type!r} and the field {name!r} do not go together")
+        return self
+
+
+class Plan(Body):
+    """A policy with its settings, or a depth plan layer by layer."""
+
+    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
+
+    policy: str | None = Field(None, description="skipdecode, unified, ...; its settings stand beside it.")
+    cutoffs: list[int | None] | None = Field(
+        None, description="Instead: per layer the decode passes that it serves; null for all of them."
+    )
+
+
+class Depth(Body):
+    """What a request may ask of Shoal."""
+
+    depth: float | None = Field(None, gt=0, le=1, description="Mean share of the layers that a new token runs.")
+    plan: Plan | None = Field(None, description="Instead of a depth.")
+
+
+class Generate(Depth):
+    """What both kinds of completion have."""
+
+    model: str
+    max_tokens: int | None = Field(None, ge=0)
+    temperature: float = Field(1.0, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    n: int = Field(1, ge=1)
+    stop: str | list[str] = Field([])
+    seed: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[str, float] = Field({}, description="By token id, as a string.")
+    response_format: ResponseFormat | None = None
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions.model_validate({})
+    user: str | None = Field(None, max_length=256, description="Stands in the log beside the request.")
+    draft: str | None = Field(None, description="How to draft; the tokens stay the same. off: not at all.")
+    timeout_s: float | None = Field(None, gt=0, description="Seconds that it may take, waiting included.")
+    top_k: int | None = Field(None, ge=1)
+    min_p: float | None = Field(None, ge=0, le=1)
+    repetition_penalty: float = Field(1.0, gt=0)
+    min_tokens: int = Field(0, ge=0)
+    ignore_eos: bool = False
+
+    @model_validator(mode="after")
+    def _streams(self) -> Generate:
+        if "stream_options" in self.model_fields_set and not self.stream:
+            raise ValueError("stream_options is for streams: set stream")
+        return self
+
+
+class Completion(Generate):
+    """Body of `/v1/completions`."""
+
+    prompt: str | Tokens | list[str] | list[Tokens] = Field(min_length=1)
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    echo: bool = Field(
+        False, description="The prompt comes back before the completion, with log-probabilities of its own."
+    )
+    best_of: int | None = Field(None, description="Only the value of n.")
+    suffix: Literal[""] = Field("", description="Text after the completion: no model here inserts.")
+
+
+class TextPart(Body):
+    """A part of a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(Body):
+    """One turn of a chat."""
+
+    role: str
+    content: str | list[TextPart]
+    name: str | None = None
+
+
+class Chat(Generate):
+    """Body of `/v1/chat/completions`."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool = False
+    top_logprobs: int = Field(0, ge=0, le=MAX_LOGPROBS)
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> Chat:
+        if self.max_tokens is not None and self.max_completion_tokens is not None:
+            raise ValueError("max_tokens and max_completion_tokens say the same: give one")
+        if "top_logprobs" in self.model_fields_set and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs")
+        return self
+
+
+class Score(Depth):
+    """Body of `/v1/score`: how probable each continuation of a prompt is."""
+
+    model: str
+    prompt: str | Tokens = Field(min_length=1)
+    continuations: list[str | Tokens] = Field(min_length=1)
+    timeout_s: float | None = Field(None, gt=0)
+
+
+class Problem(BaseModel):
+    """What is wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class Error(BaseModel):
+    """Body of every refusal."""
+
+    error: Problem
+
+
+class Tokenize(Body):
+    """Body of `/tokenize`."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Message] | None = Field(None, min_length=1)
+    add_special_tokens: bool = True
+
+
+class Detokenize(Body):
+    """Body of `/detokenize`."""
+
+    model: str | None = None
+    tokens: Tokens
