@@ -136,7 +136,7 @@ class Intake:
                 return policy_of(self.engine.tuned, body.depth)
             return self.config.plan if body.plan is None else plan_of(body.plan.model_dump(exclude_none=True))
         except InvalidInput as error:
-            raise invalid(error, "depth" if body.depth is not None else "plan") from error
+            raise invalid(error, asked(body)) from error
 
     def prepare(
         self, prompt: Sequence[int], sampling: Sampling, body: schema.Depth, *, index: int, draft: str | None,
@@ -156,19 +156,15 @@ class Intake:
                 timeout_s=min(self.config.timeout_s, timeout_s or math.inf),
             )
         except InvalidPlan as error:
-            raise invalid(error, "plan") from error
+            raise invalid(error, asked(body)) from error
         except InvalidDraft as error:
             raise invalid(error, "draft") from error
         except InvalidInput as error:
             raise invalid(error, blamed(str(error))) from error
-        asked = "depth" if body.depth is not None else "plan"
-        depth = body.depth if body.depth is not None else requests[0].plan.mean_depth(sampling.max_new_tokens - 1)
-        if getattr(body, asked) is not None and depth < self.config.min_depth:
-            raise ApiError(
-                400,
-                f"{asked}: {depth:.3g} of the layers is below this server's least, {self.config.min_depth:g}",
-                param=asked,
-            )
+        depth = body.depth or requests[0].plan.mean_depth(sampling.max_new_tokens - 1)
+        if asked(body) and depth < self.config.min_depth:
+            least = f"{depth:.3g} of the layers is below this server's least, {self.config.min_depth:g}"
+            raise ApiError(400, f"{asked(body)}: {least}", param=asked(body))
         return requests
 
     def _job(
@@ -200,7 +196,7 @@ class Intake:
                     repetition_penalty=body.repetition_penalty,
                     presence_penalty=body.presence_penalty,
                     frequency_penalty=body.frequency_penalty,
-                    logit_bias=biases_of(body.logit_bias),
+                    logit_bias=self._biases(body.logit_bias),
                     stop=body.stop if isinstance(body.stop, str) and body.stop else tuple(body.stop),
                     ignore_eos=body.ignore_eos,
                     seed=(seed + index) % 2**64,  # prompts that shared a seed would share their noise
@@ -213,6 +209,15 @@ class Intake:
                 raise invalid(error, blamed(str(error))) from error
             requests += self.prepare(prompt, sampling, body, index=index, draft=draft, timeout_s=body.timeout_s)
         return Job(body=body, prompts=tuple(prompts), requests=tuple(requests))
+
+    def _biases(self, given: Mapping[str, float]) -> dict[int, float]:
+        """Biases by token id."""
+        vocab_size = self.engine.shape.vocab_size
+        for token in given:
+            if not (token.isascii() and token.isdigit() and len(token) < 10 and int(token) < vocab_size):
+                allowed = f"keys are token ids written as strings, 0 to {vocab_size - 1}"
+                raise ApiError(400, f"logit_bias: {allowed}, got {token!r}", param="logit_bias")
+        return {int(token): bias for token, bias in given.items()}
 
 
 def listed(prompt: str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]]) -> list[Any]:
@@ -257,12 +262,9 @@ def plan_of(settings: dict[str, Any]) -> Plan:
     return made
 
 
-def biases_of(given: Mapping[str, float]) -> dict[int, float]:
-    """Biases by token id."""
-    try:
-        return {int(token): bias for token, bias in given.items()}
-    except ValueError as error:
-        raise ApiError(400, "logit_bias: keys are token ids, written as strings", param="logit_bias") from error
+def asked(body: schema.Depth) -> str | None:
+    """The field by which a body decides its layers, if it does."""
+    return "depth" if body.depth is not None else "plan" if body.plan is not None else None
 
 
 def blamed(message: str) -> str | None:
