@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import socket
 from collections.abc import Callable
@@ -28,7 +27,7 @@ def serve(
     model: options.Model,
     *,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is every one.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="0 takes a free one, and says which.")] = 8000,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one, and says which.")] = 8000,
     name: Annotated[str | None, typer.Option(help="What requests call the model. Default: MODEL as given.")] = None,
     api_key_file: Annotated[
         Path | None,
@@ -78,11 +77,12 @@ def serve(
     from shoal.serve.config import ServeConfig
     from shoal.serve.intake import plan_of, policy_of
     from shoal.serve.limits import read_keys
+    from shoal.serve.schema import Plan
 
     if depth is not None and plan is not None:
         raise InvalidInput("--depth and --plan say the same: give one")
     keys = read_option("--api-key-file", api_key_file, read_keys) if api_key_file else {}
-    given = read_option("--plan", plan, lambda text: plan_of(json.loads(text))) if plan else None
+    given = read_option("--plan", plan, lambda text: plan_of(Plan.model_validate_json(text))) if plan else None
     config = ServeConfig(
         model=name or model,
         plan=given or Dense(),
@@ -95,37 +95,36 @@ def serve(
         body_timeout_s=body_timeout_s,
         api_keys=keys,
     )
-    listening = listen(host, port)
-    console = Console(stderr=True)
-    with console.status(f"loading {model}"):
-        engine = Engine.from_pretrained(
-            model,
-            dtype=dtype,
-            device=device,
-            threads=threads,
-            revision=revision,
-            token=token,
-            max_batch=max_batch,
-            max_pass_tokens=max(max_pass_tokens, max_batch),
-            cache_gib=cache_gib,
+    with listen(host, port) as listening:
+        console = Console(stderr=True)
+        with console.status(f"loading {model}"):
+            engine = Engine.from_pretrained(
+                model,
+                dtype=dtype,
+                device=device,
+                threads=threads,
+                revision=revision,
+                token=token,
+                max_batch=max_batch,
+                max_pass_tokens=max(max_pass_tokens, max_batch),
+                cache_gib=cache_gib,
+            )
+        if depth is not None:
+            config = replace(config, plan=policy_of(engine.tuned, depth))
+        # An impossible plan is refused now, rather than by each request.
+        resolve_plan(config.plan, 1, max_tokens, engine.shape.num_layers, engine.tuned)
+        if host not in LOCAL and not keys:
+            console.print(f"Whoever reaches {host} can use this server: --api-key-file asks for keys.", style="yellow")
+        logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
+        logging.getLogger("shoal.serve").setLevel(logging.INFO)
+        address = f"[{host}]" if ":" in host else host
+        console.print(
+            f"{config.model} at http://{address}:{listening.getsockname()[1]}/ (and /v1 for OpenAI's client). Ctrl+C ends it.",
+            soft_wrap=True,
+            highlight=False,
         )
-    if depth is not None:
-        config = replace(config, plan=policy_of(engine.tuned, depth))
-    resolve_plan(
-        config.plan, 1, max_tokens, engine.shape.num_layers, engine.tuned
-    )  # refused now rather than by each request
-    if host not in LOCAL and not keys:
-        console.print(f"Whoever reaches {host} can use this server: --api-key-file asks for keys.", style="yellow")
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
-    logging.getLogger("shoal.serve").setLevel(logging.INFO)
-    address = f"[{host}]" if ":" in host else host
-    console.print(
-        f"{config.model} at http://{address}:{listening.getsockname()[1]}/ (and /v1 for OpenAI's client). Ctrl+C ends it.",
-        soft_wrap=True,
-        highlight=False,
-    )
-    app = make_app(engine, config)
-    uvicorn.Server(uvicorn.Config(app, log_config=None, log_level="warning", access_log=False)).run(sockets=[listening])
+        served = uvicorn.Config(make_app(engine, config), log_config=None, log_level="warning", access_log=False)
+        uvicorn.Server(served).run(sockets=[listening])
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -133,7 +132,7 @@ def listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, backlog=2048)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         raise InvalidInput(
             f"cannot listen on {host}, port {port}: {error}; choose another --port, or 0 for any"
         ) from error

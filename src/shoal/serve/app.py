@@ -53,7 +53,7 @@ class Server:
 
     def __init__(self, engine: Engine, config: ServeConfig) -> None:
         self.engine, self.config = engine, config
-        self.metrics = Metrics(engine)
+        self.metrics = Metrics(engine, lambda: len(self.worker.followers))
         self.worker = Worker(engine, self.metrics, max_queue=config.max_queue)
         self.intake = Intake(engine, config)
         self.started = int(time.time())

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fastapi import Request
+from fastapi import HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from starlette.exceptions import HTTPException
+from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from shoal.errors import InvalidInput
 
@@ -23,8 +23,8 @@ TYPES = {
 """By status; whatever is not here is the client's mistake."""
 
 
-class ApiError(Exception):
-    """What a request is answered with instead."""
+class ApiError(HTTPException):
+    """What a request is answered with instead. One of FastAPI's own errors: others that come up while it reads a body, it hides."""
 
     def __init__(
         self,
@@ -36,30 +36,24 @@ class ApiError(Exception):
         retry_after_s: int | None = None,
     ) -> None:
         """`param`: the field of the body that is at fault; `retry_after_s`: when to come again."""
-        super().__init__(message)
-        self.status, self.message, self.param, self.code, self.retry_after_s = (
-            status,
-            message,
-            param,
-            code,
-            retry_after_s,
-        )
+        super().__init__(status, message)
+        self.param, self.code, self.retry_after_s = param, code, retry_after_s
 
     @property
     def body(self) -> dict[str, Any]:
         """JSON-ready form."""
-        kind = TYPES.get(self.status, "invalid_request_error")
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+        kind = TYPES.get(self.status_code, "invalid_request_error")
+        return {"error": {"message": self.detail, "type": kind, "param": self.param, "code": self.code}}
 
     def response(self) -> JSONResponse:
         """The answer over HTTP."""
         # What will not be better the second time is not to be tried again by clients that do so by themselves.
-        headers = {"x-should-retry": "true" if self.status in (429, 503) else "false"}
+        headers = {"x-should-retry": "true" if self.status_code in (429, 503) else "false"}
         if self.retry_after_s is not None:
             headers["retry-after"] = str(self.retry_after_s)
-        if self.status == 401:
+        if self.status_code == 401:
             headers["www-authenticate"] = "Bearer"
-        return JSONResponse(self.body, status_code=self.status, headers=headers)
+        return JSONResponse(self.body, status_code=self.status_code, headers=headers)
 
 
 def invalid(error: InvalidInput, param: str | None = None) -> ApiError:
@@ -84,7 +78,7 @@ async def on_validation_error(_: Request, error: Exception) -> JSONResponse:
 
 async def on_http_error(_: Request, error: Exception) -> JSONResponse:
     """Handler of the framework's own refusals: unknown paths and methods, bodies that are not JSON."""
-    assert isinstance(error, HTTPException)
+    assert isinstance(error, StarletteHTTPException)
     return ApiError(error.status_code, str(error.detail)).response()
 
 

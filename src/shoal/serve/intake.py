@@ -134,7 +134,7 @@ class Intake:
         try:
             if body.depth is not None:
                 return policy_of(self.engine.tuned, body.depth)
-            return self.config.plan if body.plan is None else plan_of(body.plan.model_dump(exclude_none=True))
+            return self.config.plan if body.plan is None else plan_of(body.plan)
         except InvalidInput as error:
             raise invalid(error, asked(body)) from error
 
@@ -239,10 +239,9 @@ def policy_of(tuned: TunedDepth | None, depth: float) -> DepthPolicy:
     return policy_at(tuned.policy if tuned else "skipdecode", depth)
 
 
-def plan_of(settings: dict[str, Any]) -> Plan:
+def plan_of(given: schema.Plan) -> Plan:
     """A policy by name with its settings, or a depth plan by its cutoffs. Raises `InvalidPlan`."""
-    if not isinstance(settings, dict):
-        raise InvalidPlan("a plan is an object with `cutoffs`, or with `policy` and its settings")
+    settings = given.model_dump(exclude_none=True)
     if "cutoffs" in settings:
         unknown = sorted(set(settings) - {"cutoffs", "prompt_layers", "horizon"})
         if unknown:

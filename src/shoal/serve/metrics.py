@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from shoal.engine.engine import Engine
@@ -13,7 +15,7 @@ SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
 class Metrics:
     """Counters of one server. What belongs to the engine is read when it is asked for."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, num_unfinished: Callable[[], int]) -> None:
         self.registry = CollectorRegistry()
         self.requests = self._counter("requests", "Requests that ended, by how.", "finish_reason")
         self.refused = self._counter("requests_refused", "Requests that found the queue full.")
@@ -27,6 +29,7 @@ class Metrics:
         self.request_seconds = self._histogram("request_seconds", "Seconds of whole requests.")
         runner = engine.runner
         gauges = {
+            "requests_unfinished": ("Requests that have been taken and have not ended.", num_unfinished),
             "requests_running": ("Requests with a cache slot.", lambda: len(runner.slots.running)),
             "requests_waiting": ("Requests without one.", lambda: len(runner.scheduler.waiting)),
             "cache_bytes": ("Bytes of cache blocks in use.", lambda: runner.cache.bytes_in_use),
