@@ -106,17 +106,19 @@ async def events(follower: Follower, reply: Reply, request: Request) -> AsyncIte
         yield sse(event)
     done: list[Generation] = []
     try:
-        waiting = asyncio.ensure_future(follower.next())
         while True:
-            while not (await asyncio.wait((waiting,), timeout=PING_S))[0]:
+            try:
+                async with asyncio.timeout(PING_S):
+                    chunk = await follower.next()
+            except TimeoutError:
                 yield ": the model is at it\n\n"
-            if (chunk := waiting.result()) is None:
+                continue
+            if chunk is None:
                 break
             if chunk.generation is not None:
                 done.append(chunk.generation)
             if (news := reply.event(chunk)) is not None:
                 yield sse(news)
-            waiting = asyncio.ensure_future(follower.next())
     except ApiError as error:
         yield sse(error.body)
     else:
