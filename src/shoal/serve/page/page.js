@@ -45,12 +45,16 @@ async function* events(response) {
   }
 }
 
+function inChat() {
+  return $("endpoint").value === "chat";
+}
+
 function requested(depth) {
-  const chat = $("endpoint").value === "chat", most = $("max-tokens").valueAsNumber, prompt = $("prompt").value;
+  const most = $("max-tokens").valueAsNumber, prompt = $("prompt").value;
   return {
     model: model.id, depth, temperature: $("temperature").valueAsNumber, seed: $("seed").valueAsNumber,
     ...($("draft").value && { draft: $("draft").value }),
-    ...(chat ? { messages: [{ role: "user", content: prompt }], max_completion_tokens: most } : { prompt, max_tokens: most }),
+    ...(inChat() ? { messages: [{ role: "user", content: prompt }], max_completion_tokens: most } : { prompt, max_tokens: most }),
   };
 }
 
@@ -111,7 +115,8 @@ async function showForecast(panel) {
   const note = panel.setting.querySelector(".forecast"), bars = panel.setting.querySelector(".bars");
   try {
     await new Promise(resolve => setTimeout(resolve, 250));
-    if (signal.aborted || !$("ask").checkValidity()) return;
+    signal.throwIfAborted();
+    if (!$("ask").checkValidity()) throw new Error("A field needs another value.");
     const plan = await (await call("v1/plan", { body: requested(depthOf(panel)), signal })).json();
     const [share, fewer] = saving(plan.dense_flops - plan.flops, plan.flops);
     drawBars(bars, plan.layers);
@@ -131,7 +136,7 @@ function drawBars(svg, layers) {
   svg.replaceChildren();
   for (let from = 0, to; from < layers.length; from = to) {
     for (to = from; layers[to] === layers[from]; to++);
-    const bar = tint(document.createElementNS(SVG, "rect"), layers[from]);
+    const bar = document.createElementNS(SVG, "rect");
     const box = { x: from, width: to - from, y: model.shoal.num_layers - layers[from], height: layers[from] };
     for (const [name, value] of Object.entries(box)) bar.setAttribute(name, value);
     svg.append(bar);
@@ -140,23 +145,27 @@ function drawBars(svg, layers) {
 
 // --- A run ------------------------------------------------------------------------------------------------------------
 
+// All that a run needs is read from the form before the first one starts.
+function prepareRun(panel) {
+  const depth = depthOf(panel), path = inChat() ? "v1/chat/completions" : "v1/completions";
+  const body = { ...requested(depth), stream: true, stream_options: { include_usage: true, include_layers: true } };
+  return { depth, path, body, ids: [], tokens: [], usage: null, finish: null };
+}
+
 // Tokens without a text of their own (half a character, an end mark) wait for the text that follows them.
 async function generate(panel, signal) {
-  const depth = depthOf(panel), chat = $("endpoint").value === "chat";
-  const run = panel.run = { depth, ids: [], tokens: [], usage: null, finish: null };
-  const options = { stream: true, stream_options: { include_usage: true, include_layers: true } };
+  const { run } = panel;
+  let waiting = [];
   panel.result.classList.add("running");
   try {
-    let waiting = [];
-    const response = await call(chat ? "v1/chat/completions" : "v1/completions", { body: { ...requested(depth), ...options }, signal });
-    for await (const event of events(response)) {
+    for await (const event of events(await call(run.path, { body: run.body, signal }))) {
       if (event.error) throw new Error(event.error.message);
-      const choice = event.choices[0], text = (chat ? choice?.delta.content : choice?.text) ?? "";
+      const choice = event.choices[0], text = choice?.text ?? choice?.delta?.content;
       run.usage = event.usage ?? run.usage;
       run.finish = choice?.finish_reason ?? run.finish;
       run.ids.push(...event.shoal?.token_ids ?? []);
       waiting.push(...event.shoal?.layers ?? []);
-      if (text) waiting = showToken(panel, text, waiting);
+      if (text) showToken(panel, text, waiting.splice(0));
     }
     if (waiting.length) showToken(panel, "", waiting);
   } finally {
@@ -173,7 +182,6 @@ function showToken(panel, text, layers) {
   const span = tint(node("span", text, { className: "token", title }), mean);
   tokens.push(...layers.map(() => span));
   panel.text.append(span);
-  return [];
 }
 
 function inspect(token, inspected) {
@@ -200,10 +208,10 @@ async function runAll() {
   try {
     if (together) await Promise.all(chosen.map(panel => generate(panel, running.signal)));
     else for (const panel of chosen) await generate(panel, running.signal);
-    $("status").textContent = chosen.map(finished).join(" ");
+    $("status").textContent = chosen.map(({ run }) => finished(run)).join(" ");
     if (chosen.length === 2) showDifference(...chosen.map(panel => panel.run), together);
   } catch (error) {
-    const stopped = error.name === "AbortError", count = chosen.map(({ run }) => run?.tokens.length ?? 0).join(" and ");
+    const stopped = error.name === "AbortError", count = chosen.map(({ run }) => run.tokens.length).join(" and ");
     $("status").textContent = `${stopped ? "Stopped" : "Broken off"} after ${count} tokens.`;
     if (!stopped) $("alert").textContent = error.message;
   } finally {
@@ -219,11 +227,12 @@ function prepare(chosen) {
   $("alert").textContent = $("difference").textContent = $("clock").textContent = "";
   $("status").textContent = "Generating…";
   $("results").hidden = false;
+  $("results").classList.toggle("comparing", chosen.length === 2);
   $("costs").hidden = true;
-  for (const panel of panels) {
-    panel.run = null;
-    panel.result.hidden = !chosen.includes(panel);
-    const name = `Depth ${fixed(depthOf(panel), 2)}`;
+  panels[1].result.hidden = chosen.length === 1;
+  for (const panel of chosen) {
+    panel.run = prepareRun(panel);
+    const name = `Depth ${fixed(panel.run.depth, 2)}`;
     panel.result.querySelector("h2").replaceChildren(node("span", panel.letter, { className: "letter" }), name);
     panel.text.setAttribute("aria-label", `Output at ${name}. Left and right arrows tell the layers of each token.`);
     for (const part of [panel.text, panel.inspected, panel.result.querySelector(".saved")]) part.replaceChildren();
@@ -237,15 +246,15 @@ function setBusy(busy) {
   $("stop").disabled = !busy;
 }
 
-function finished({ run, letter }) {
-  const why = { stop: "where the model ended", length: "at the most that were asked for" }[run.finish];
-  return `${shown().length === 2 ? `${letter}: ` : ""}${run.tokens.length} tokens${why ? `, ${why}` : ""}.`;
+function finished(run) {
+  const why = { stop: "ended by the model", length: "as many as asked for" }[run.finish];
+  return `Depth ${fixed(run.depth, 2)}: ${run.tokens.length} tokens, ${why}.`;
 }
 
 // --- What it took -----------------------------------------------------------------------------------------------------
 
 function showCosts(chosen) {
-  const done = chosen.filter(panel => panel.run?.usage);
+  const done = chosen.filter(panel => panel.run.usage);
   for (const { run: { usage }, result } of done) {
     const cost = usage.shoal;
     const facts = [[fixed(cost.mean_layers, 1), `of ${cost.layers} layers per token`]];
@@ -268,7 +277,7 @@ const COSTS = {
   "FLOPs": (usage, cost) => withSaving(cost.flops, cost.flops_saved),
   "Prompt tokens": usage => String(usage.prompt_tokens),
   "Generated tokens": usage => String(usage.completion_tokens),
-  "Seconds": (usage, cost) => fixed(cost.seconds, 2),
+  "Seconds on the server": (usage, cost) => fixed(cost.seconds, 2),
   "Tokens per second": (usage, cost) => fixed(usage.completion_tokens / cost.seconds, 1),
   "Drafts accepted": (usage, { draft }) => draft ? `${draft.accepted} of ${draft.drafted}` : "no drafting",
 };
@@ -283,7 +292,8 @@ function showDifference(a, b, together) {
   const at = a.ids.findIndex((id, k) => id !== b.ids[k]), first = at < 0 && b.ids.length > a.ids.length ? a.ids.length : at;
   const clocks = [a, b].map(run => `${fixed(run.usage.shoal.seconds, 2)} s for ${run.usage.completion_tokens} tokens`).join(" against ");
   $("clock").textContent = together ? "Both ran at the same time and shared the machine: their seconds do not compare the depths."
-    : `Wall clock of one run each, one after the other: ${clocks}, a factor of ${fixed(b.usage.shoal.seconds / a.usage.shoal.seconds, 2)}.`;
+    : `Wall clock of one run each, one after the other: ${clocks}. `
+    + `B took ${fixed(b.usage.shoal.seconds / a.usage.shoal.seconds, 2)} times as long as A.`;
   if (first < 0) return void ($("difference").textContent = `Both depths gave the same ${a.ids.length} tokens.`);
   const alone = unmatched(a.ids, b.ids);
   for (const [k, run] of [a, b].entries()) {
@@ -291,7 +301,7 @@ function showDifference(a, b, together) {
     run.tokens[first]?.classList.add("first");
   }
   const [onlyA, onlyB] = alone.map(flags => flags.filter(Boolean).length);
-  $("difference").textContent = `The first difference is token ${first + 1}, framed. ${a.ids.length - onlyA} tokens are in both, in the same order; `
+  $("difference").textContent = `The first difference is token ${first + 1}, in bold. ${a.ids.length - onlyA} tokens are in both, in the same order; `
     + `${onlyA} only in A and ${onlyB} only in B are underlined.`;
 }
 
@@ -316,7 +326,7 @@ function unmatched(a, b) {
 
 function setTheme(theme) {
   document.documentElement.dataset.theme = theme;
-  $("theme").setAttribute("aria-pressed", theme === "dark");
+  $("theme").textContent = theme === "dark" ? "Light theme" : "Dark theme";
 }
 
 // A choice that is also the system's is not kept: the page follows the system again.
@@ -353,7 +363,7 @@ function showModel() {
 
 function refresh() {
   $("together").parentElement.hidden = !$("compare").checked;
-  document.body.classList.toggle("comparing", $("compare").checked);
+  $("ask").classList.toggle("comparing", $("compare").checked);
   for (const panel of panels) {
     panel.setting.hidden = !shown().includes(panel);
     showDepth(panel);
