@@ -13,6 +13,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 from typing import Any
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import pytest
 
@@ -27,8 +29,8 @@ MARKUP = "<img src=x onerror='window.hacked = 1'>"
 def serving(folder: Path, *options: str) -> Iterator[str]:
     """`shoal serve` as users start it; its address."""
     port_file = folder / "port"
-    command = [sys.executable, "-m", "shoal.cli.main", "serve", "shoal-e2e", "--port", "0", "--port-file", str(port_file)]
-    with subprocess.Popen([*command, *options]) as server:
+    command = (sys.executable, "-m", "shoal.cli.main", "serve", "shoal-e2e")
+    with subprocess.Popen([*command, "--port", "0", "--port-file", str(port_file), *options]) as server:
         try:
             until(lambda: server.poll() is not None or (port_file.exists() and port_file.read_text()), timeout_s=60)
             assert server.poll() is None, "the server ended before it listened"
@@ -52,38 +54,46 @@ def locked_url(tmp_path: Path) -> Iterator[str]:
         yield url
 
 
-class Scripted(BaseHTTPRequestHandler):
-    """Answers that a real server gives once in a blue moon: the prompt names one of `ANSWERS`."""
-
-    ABOUT = {  # noqa: RUF012
-        "num_layers": ALL_LAYERS, "max_positions": 512, "max_tokens": 512, "min_depth": 0.0834, "tuned_depths": None,
-        "drafts": ["auto"], "chat": True,
-    }  # fmt: skip
-    FORECAST = {"layers": [12, 4], "mean_layers": 8.0, "num_layers": 12, "max_tokens": 2, "flops": 105, "dense_flops": 100}  # noqa: RUF012
-    COST = {  # noqa: RUF012
+ABOUT = {
+    "num_layers": ALL_LAYERS, "max_positions": 512, "max_tokens": 512, "min_depth": 0.0834, "tuned_depths": None,
+    "drafts": ["auto"], "chat": True,
+}  # fmt: skip
+FORECAST = {"layers": [12, 4], "mean_layers": 8.0, "num_layers": 12, "max_tokens": 2, "flops": 105, "dense_flops": 100}
+USAGE = {
+    "prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7,
+    "shoal": {
         "layers": 12, "mean_layers": 8.0, "layer_tokens": 25, "layer_tokens_saved": 75, "flops": 105, "flops_saved": -5,
         "draft": {"drafted": 4, "accepted": 3, "steps": 2}, "seconds": 0.5,
-    }  # fmt: skip
+    },
+}  # fmt: skip
 
-    @staticmethod
-    def token(text: str, *layers: int) -> dict[str, Any]:
-        """An event of a chat."""
-        choice = {"index": 0, "delta": {"content": text}, "finish_reason": None}
-        return {"choices": [choice], "shoal": {"token_ids": list(range(len(layers))), "layers": layers}}
 
-    @classmethod
-    def answers(cls, prompt: str) -> list[Any]:
-        """The events of a stream; what is no [DONE] at its end breaks off."""
-        usage = {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7, "shoal": cls.COST}
-        return {
-            "markup": [cls.token(MARKUP, 12), cls.token("", 4), cls.token(" é\n", 4, 3), {"choices": [], "usage": usage}, "[DONE]"],
-            "error": [cls.token("one", 12), {"error": {"message": "the cache is full"}}, "[DONE]"],
-            "cut": [cls.token("one", 12), cls.token(" two", 4)],
-        }[prompt]
+def chat_event(text: str, *layers: int) -> dict[str, Any]:
+    """A part of a chat's stream, with the layers of its tokens."""
+    choice = {"index": 0, "delta": {"content": text}, "finish_reason": None}
+    return {"choices": [choice], "shoal": {"token_ids": list(range(len(layers))), "layers": layers}}
+
+
+# By prompt: what a real server streams once in a blue moon. Without [DONE] at its end it breaks off.
+STREAMS: dict[str, list[Any]] = {
+    "markup": [
+        chat_event(MARKUP, 12),
+        chat_event("", 4),
+        chat_event(" é\n", 4, 3),
+        {"choices": [], "usage": USAGE},
+        "[DONE]",
+    ],
+    "error": [chat_event("one", 12), {"error": {"message": "the cache is full"}}, "[DONE]"],
+    "cut": [chat_event("one", 12), chat_event(" two", 4)],
+}
+
+
+class Scripted(BaseHTTPRequestHandler):
+    """The page, and `STREAMS`."""
 
     def do_GET(self) -> None:
         if self.path == "/v1/models":
-            return self.answer("application/json", json.dumps({"data": [{"id": MARKUP, "shoal": self.ABOUT}]}).encode())
+            return self.answer("application/json", json.dumps({"data": [{"id": MARKUP, "shoal": ABOUT}]}).encode())
         kinds = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
         file = Path(shoal.serve.__path__[0]) / "page" / (self.path.removeprefix("/page/").strip("/") or "index.html")
         self.answer(kinds[file.suffix], file.read_bytes())
@@ -91,8 +101,8 @@ class Scripted(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if self.path == "/v1/plan":
-            return self.answer("application/json", json.dumps(self.FORECAST).encode())
-        events = self.answers(body["messages"][0]["content"])
+            return self.answer("application/json", json.dumps(FORECAST).encode())
+        events = STREAMS[body["messages"][0]["content"]]
         lines = (event if event == "[DONE]" else json.dumps(event) for event in events)
         self.answer("text/event-stream", "".join(f"data: {line}\r\n\r\n" for line in lines).encode())
 
@@ -147,7 +157,9 @@ def browser(chromium: Any) -> Iterator[Any]:
     assert [entry for entry in chromium.get_log("browser") if entry["source"] != "network"] == []
 
 
-def open_page(browser: Any, url: str, *, width: str = "laptop", scheme: str = "light", motion: str = "no-preference") -> None:
+def open_page(
+    browser: Any, url: str, *, width: str = "laptop", scheme: str = "light", motion: str = "no-preference"
+) -> None:
     """Load the page as a device would, with nothing remembered, up to its first forecast."""
     size = dict(zip(("width", "height"), WIDTHS[width], strict=True))
     browser.execute_cdp_cmd(
@@ -236,7 +248,7 @@ def test_tokens_stream_in_the_colours_of_their_layers(browser: Any, server_url: 
     assert one(browser, "h1").text == "shoal-e2e"
     assert len(browser.find_elements("css selector", "#tuned option")) == 5
     one(browser, "input[type=range]").send_keys(Keys.ARROW_LEFT * 8)
-    assert one(browser, ".setting output").text == "0.25 – about 3 of 12 layers"
+    assert one(browser, ".setting output").text == "0.25, about 3 of 12 layers"
     until(lambda: forecasts(browser) != [before])
     assert len(browser.find_elements("css selector", ".bars rect")) > 1
 
@@ -256,7 +268,7 @@ def test_tokens_stream_in_the_colours_of_their_layers(browser: Any, server_url: 
     messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     asked = {m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"}
     assert len(asked) > 3
-    assert all(url.startswith((server_url, "about:")) for url in asked)
+    assert all(url.startswith((server_url, "about:", "data:")) for url in asked)
 
 
 def test_drafting_is_counted(browser: Any, server_url: str):
@@ -284,14 +296,17 @@ def test_two_depths_side_by_side(browser: Any, server_url: str):
     assert {len(cells) for cells in columns} == {2}
     assert columns[0][1].text == f"{ALL_LAYERS}.00 of {ALL_LAYERS}"
 
-    # Other seeds take other words: the first that differs is marked in both.
+    # At a high temperature the depths take other words: the first that differs is marked in both.
     one(browser, "#together").click()
     fill(browser, "#temperature", "1.5")
     one(browser, "#generate").click()
     finish(browser)
     assert "do not compare the depths" in one(browser, "#clock").text
     assert one(browser, "#difference").text.startswith("The first difference is token")
-    assert all(result.find_elements("css selector", ".token.first") for result in browser.find_elements("css selector", ".text"))
+    assert all(
+        result.find_elements("css selector", ".token.first")
+        for result in browser.find_elements("css selector", ".text")
+    )
     assert browser.find_elements("css selector", ".token.differs")
 
 
@@ -316,10 +331,14 @@ def test_stop_keeps_what_has_come(browser: Any, server_url: str):
 def test_what_the_server_refuses_is_said(browser: Any, server_url: str):
     open_page(browser, server_url)
     forecasts(browser)
-    browser.execute_script("document.querySelector('#prompt').value = 'word '.repeat(2000)")
+    prompt = "word " * 2000
+    browser.execute_script("document.querySelector('#prompt').value = arguments[0]", prompt)
     one(browser, "#generate").click()
     finish(browser)
-    assert "512" in one(browser, "#alert[role=alert]").text
+    body = json.dumps({"model": "shoal-e2e", "prompt": prompt, "max_tokens": 64}).encode()
+    with pytest.raises(HTTPError) as refused:
+        urlopen(Request(f"{server_url}v1/completions", body, {"Content-Type": "application/json"}))
+    assert one(browser, "#alert[role=alert]").text == json.load(refused.value)["error"]["message"]
     fill(browser, "#prompt", "name[The Mill]")
     one(browser, "#generate").click()
     finish(browser)
@@ -387,7 +406,7 @@ def test_everything_by_keyboard(browser: Any, server_url: str):
             press(browser, Keys.SPACE)
     assert reached == wanted
 
-    one(browser, "#prompt").send_keys("")
+    one(browser, "#prompt").click()
     press_ctrl_enter(browser)
     finish(browser)
     output = one(browser, ".text")

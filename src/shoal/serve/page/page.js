@@ -105,7 +105,7 @@ function depthOf(panel) {
 
 function showDepth(panel) {
   const depth = depthOf(panel), layers = `about ${Math.round(depth * model.shoal.num_layers)} of ${model.shoal.num_layers} layers`;
-  panel.setting.querySelector("output").replaceChildren(node("b", fixed(depth, 2)), ` – ${layers}`);
+  panel.setting.querySelector("output").replaceChildren(node("b", fixed(depth, 2)), `, ${layers}`);
   panel.slider.setAttribute("aria-valuetext", `${fixed(depth, 2)}, ${layers}`);
 }
 
