@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -18,11 +16,22 @@ from urllib.request import Request, urlopen
 
 import pytest
 
-import shoal.serve
+from chromium import (
+    CONTRASTS,
+    emulate_network,
+    fill,
+    one,
+    press,
+    press_ctrl_enter,
+    requested,
+    set_device,
+    start_chromium,
+    texts,
+    until,
+)  # fmt: skip
+from scripted_server import ALL_LAYERS, MARKUP, Scripted
 
 WIDTHS = {"laptop": (1280, 800), "phone": (360, 740)}
-ALL_LAYERS = 12
-MARKUP = "<img src=x onerror='window.hacked = 1'>"
 
 
 @contextmanager
@@ -54,70 +63,6 @@ def locked_url(tmp_path: Path) -> Iterator[str]:
         yield url
 
 
-ABOUT = {
-    "num_layers": ALL_LAYERS, "max_positions": 512, "max_tokens": 512, "min_depth": 0.0834, "tuned_depths": None,
-    "drafts": ["auto"], "chat": True,
-}  # fmt: skip
-FORECAST = {"layers": [12, 4], "mean_layers": 8.0, "num_layers": 12, "max_tokens": 2, "flops": 105, "dense_flops": 100}
-USAGE = {
-    "prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7,
-    "shoal": {
-        "layers": 12, "mean_layers": 8.0, "layer_tokens": 25, "layer_tokens_saved": 75, "flops": 105, "flops_saved": -5,
-        "draft": {"drafted": 4, "accepted": 3, "steps": 2}, "seconds": 0.5,
-    },
-}  # fmt: skip
-
-
-def chat_event(text: str, *layers: int) -> dict[str, Any]:
-    """A part of a chat's stream, with the layers of its tokens."""
-    choice = {"index": 0, "delta": {"content": text}, "finish_reason": None}
-    return {"choices": [choice], "shoal": {"token_ids": list(range(len(layers))), "layers": layers}}
-
-
-# By prompt: what a real server streams once in a blue moon. Without [DONE] at its end it breaks off.
-STREAMS: dict[str, list[Any]] = {
-    "markup": [
-        chat_event(MARKUP, 12),
-        chat_event("", 4),
-        chat_event(" é\n", 4, 3),
-        {"choices": [], "usage": USAGE},
-        "[DONE]",
-    ],
-    "error": [chat_event("one", 12), {"error": {"message": "the cache is full"}}, "[DONE]"],
-    "cut": [chat_event("one", 12), chat_event(" two", 4)],
-}
-
-
-class Scripted(BaseHTTPRequestHandler):
-    """The page, and `STREAMS`."""
-
-    def do_GET(self) -> None:
-        if self.path == "/v1/models":
-            return self.answer("application/json", json.dumps({"data": [{"id": MARKUP, "shoal": ABOUT}]}).encode())
-        kinds = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
-        file = Path(shoal.serve.__path__[0]) / "page" / (self.path.removeprefix("/page/").strip("/") or "index.html")
-        self.answer(kinds[file.suffix], file.read_bytes())
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        if self.path == "/v1/plan":
-            return self.answer("application/json", json.dumps(FORECAST).encode())
-        events = STREAMS[body["messages"][0]["content"]]
-        lines = (event if event == "[DONE]" else json.dumps(event) for event in events)
-        self.answer("text/event-stream", "".join(f"data: {line}\r\n\r\n" for line in lines).encode())
-
-    def answer(self, kind: str, content: bytes) -> None:
-        """Send all of it."""
-        self.send_response(200)
-        for name, value in (("Content-Type", kind), ("Content-Security-Policy", "default-src 'self'")):
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Nothing."""
-
-
 @pytest.fixture
 def scripted_url() -> Iterator[str]:
     """A server of `Scripted`."""
@@ -129,22 +74,9 @@ def scripted_url() -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
-    """Chromium under ChromeDriver; skips where there is none."""
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-    binary, driver_binary = shutil.which("chromium"), shutil.which("chromedriver")
-    if binary is None or driver_binary is None:
-        pytest.skip("chromium or chromedriver is not installed (Debian's packages chromium and chromium-driver)")
-    options = webdriver.ChromeOptions()
-    options.binary_location = binary
-    for flag in (
-        "headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking",
-        "disable-component-update", "disable-sync", "disable-dev-shm-usage",
-    ):  # fmt: skip
-        options.add_argument(f"--{flag}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver_binary))
-    yield driver
-    driver.quit()
+    """Of all tests here."""
+    with start_chromium() as driver:
+        yield driver
 
 
 @pytest.fixture
@@ -160,68 +92,11 @@ def browser(chromium: Any) -> Iterator[Any]:
 def open_page(
     browser: Any, url: str, *, width: str = "laptop", scheme: str = "light", motion: str = "no-preference"
 ) -> None:
-    """Load the page as a device would, with nothing remembered, up to its first forecast."""
-    size = dict(zip(("width", "height"), WIDTHS[width], strict=True))
-    browser.execute_cdp_cmd(
-        "Emulation.setDeviceMetricsOverride", size | {"deviceScaleFactor": 1, "mobile": width == "phone"}
-    )
-    set_media(browser, scheme=scheme, motion=motion)
+    """Load the page as a device would, as if for the first time."""
+    set_device(browser, size=WIDTHS[width], scheme=scheme, motion=motion)
     browser.get(url)
     browser.execute_script("localStorage.clear(); sessionStorage.clear()")
     browser.refresh()
-
-
-def set_media(browser: Any, *, scheme: str, motion: str = "no-preference") -> None:
-    """What the system prefers."""
-    features = {"prefers-color-scheme": scheme, "prefers-reduced-motion": motion}
-    browser.execute_cdp_cmd(
-        "Emulation.setEmulatedMedia", {"features": [{"name": name, "value": value} for name, value in features.items()]}
-    )
-
-
-def emulate_network(browser: Any, *, offline: bool = False, bytes_per_s: int = -1) -> None:
-    """A slow network, or none. Without arguments: the machine's own."""
-    conditions = {"offline": offline, "latency": 0, "downloadThroughput": bytes_per_s, "uploadThroughput": -1}
-    browser.execute_cdp_cmd("Network.emulateNetworkConditions", conditions)
-
-
-def until(condition: Callable[[], Any], *, timeout_s: float = 20) -> None:
-    """Wait for it."""
-    end = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < end, f"not within {timeout_s} s"
-        time.sleep(0.03)
-
-
-def one(browser: Any, selector: str) -> Any:
-    """The first element of a selector."""
-    return browser.find_element("css selector", selector)
-
-
-def texts(browser: Any, selector: str) -> list[str]:
-    """The texts of all elements of a selector."""
-    return [element.get_property("textContent") for element in browser.find_elements("css selector", selector)]
-
-
-def press(browser: Any, *keys: str) -> None:
-    """Press keys one after the other, wherever the focus is."""
-    from selenium.webdriver import ActionChains
-
-    for key in keys:
-        ActionChains(browser).send_keys(key).perform()
-
-
-def press_ctrl_enter(browser: Any) -> None:
-    """What generates."""
-    from selenium.webdriver import ActionChains, Keys
-
-    ActionChains(browser).key_down(Keys.CONTROL).send_keys(Keys.ENTER).key_up(Keys.CONTROL).perform()
-
-
-def fill(browser: Any, selector: str, text: str) -> None:
-    """Type into a field that held something else."""
-    one(browser, selector).clear()
-    one(browser, selector).send_keys(text)
 
 
 def finish(browser: Any) -> None:
@@ -265,8 +140,7 @@ def test_tokens_stream_in_the_colours_of_their_layers(browser: Any, server_url: 
     assert float(rows["Mean layers"].removesuffix(f" of {ALL_LAYERS}")) < 0.5 * ALL_LAYERS
     assert rows["Drafts accepted"] == "no drafting"
 
-    messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    asked = {m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"}
+    asked = requested(browser)
     assert len(asked) > 3
     assert all(url.startswith((server_url, "about:", "data:")) for url in asked)
 
@@ -375,7 +249,7 @@ def test_the_theme_follows_the_system_until_one_is_chosen(browser: Any, server_u
 
     open_page(browser, server_url, scheme="light")
     light = page_colour()
-    set_media(browser, scheme="dark")
+    set_device(browser, size=WIDTHS["laptop"], scheme="dark")
     until(lambda: page_colour() != light)
     dark = page_colour()
     one(browser, "#theme").click()
@@ -384,7 +258,7 @@ def test_the_theme_follows_the_system_until_one_is_chosen(browser: Any, server_u
     assert one(browser, "#theme").text == "Dark theme"
     one(browser, "#theme").click()
     assert page_colour() == dark
-    set_media(browser, scheme="light")
+    set_device(browser, size=WIDTHS["laptop"], scheme="light")
     until(lambda: page_colour() == light)
 
 
@@ -472,27 +346,3 @@ def chat(browser: Any, prompt: str) -> None:
     one(browser, "#endpoint option[value=chat]").click()
     one(browser, "#generate").click()
     finish(browser)
-
-
-# Of each text on the page the contrast to what is behind it, as WCAG 2 has it; what is switched off has no contrast to keep.
-CONTRASTS = """
-const canvas = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
-const pixel = colours => {
-  canvas.clearRect(0, 0, 1, 1);
-  for (const colour of colours) { canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1); }
-  return [...canvas.getImageData(0, 0, 1, 1).data].slice(0, 3);
-};
-const luminance = rgb => {
-  const [r, g, b] = rgb.map(v => v / 255).map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
-  return 0.2126 * r + 0.7152 * g + 0.0722 * b;
-};
-const found = [], walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
-while (walker.nextNode()) {
-  const element = walker.currentNode.parentElement, text = walker.currentNode.data.trim(), behind = [];
-  if (!text || !element.checkVisibility() || element.closest(":disabled, option")) continue;
-  for (let at = element; at; at = at.parentElement) behind.unshift(getComputedStyle(at).backgroundColor);
-  const [low, high] = [luminance(pixel(behind)), luminance(pixel([getComputedStyle(element).color]))].sort((a, b) => a - b);
-  found.push([text, (high + 0.05) / (low + 0.05)]);
-}
-return found;
-"""
