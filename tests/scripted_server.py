@@ -19,15 +19,15 @@ FORECAST = {"layers": [12, 4], "mean_layers": 8.0, "num_layers": 12, "max_tokens
 USAGE = {
     "prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7,
     "shoal": {
-        "layers": 12, "mean_layers": 8.0, "layer_tokens": 25, "layer_tokens_saved": 75, "flops": 105, "flops_saved": -5,
+        "layers": 12, "mean_layers": 8.0, "layer_tokens": 25, "layer_tokens_saved": 75, "flops": 1050000, "flops_saved": -50000,
         "draft": {"drafted": 4, "accepted": 3, "steps": 2}, "seconds": 0.5,
     },
 }  # fmt: skip
 
 
-def chat_event(text: str, *layers: int) -> dict[str, Any]:
+def chat_event(text: str, *layers: int, finish_reason: str | None = None) -> dict[str, Any]:
     """A part of a chat's stream, with the layers of its tokens."""
-    choice = {"index": 0, "delta": {"content": text}, "finish_reason": None}
+    choice = {"index": 0, "delta": {"content": text}, "finish_reason": finish_reason}
     return {"choices": [choice], "shoal": {"token_ids": list(range(len(layers))), "layers": layers}}
 
 
@@ -36,7 +36,7 @@ STREAMS: dict[str, list[Any]] = {
     "markup": [
         chat_event(MARKUP, 12),
         chat_event("", 4),
-        chat_event(" é\n", 4, 3),
+        chat_event(" é\n", 4, 3, finish_reason="stop"),
         {"choices": [], "usage": USAGE},
         "[DONE]",
     ],

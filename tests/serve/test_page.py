@@ -320,7 +320,10 @@ def test_texts_stay_texts_and_layers_their_tokens(browser: Any, scripted_url: st
     titles = [token.get_attribute("title") for token in browser.find_elements("css selector", ".token")]
     assert titles == ["token 1, 12 of 12 layers", "tokens 2 to 4, 4, 4, 3 of 12 layers"]
     assert texts(browser, ".saved li") == ["8.0of 12 layers per token", "75%fewer layer-tokens", "5%more FLOPs"]
-    assert texts(browser, "#costs td")[-1] == "3 of 4"
+    assert texts(browser, "#costs td") == [
+        "8.00 of 12", "2575% fewer", "1.05 M5% more", "3", "4", "0.50", "8.0", "3 of 4",
+    ]  # fmt: skip
+    assert one(browser, "#status").text == "Depth 0.33: 4 tokens, ended by the model."
     assert browser.execute_script("return window.hacked === undefined")
 
 

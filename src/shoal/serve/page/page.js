@@ -66,8 +66,9 @@ function fixed(value, digits) {
 
 // Three digits and a unit: short(1234567) is "1.23 M".
 function short(value) {
-  const power = Math.min(5, Math.max(0, Math.floor(Math.log10(Math.max(value, 1)) / 3)));
-  return power ? `${(value / 1000 ** power).toPrecision(3)} ${"kMGTP"[power - 1]}` : String(value);
+  let power = 0;
+  for (; Number(value.toPrecision(3)) >= 1000; value /= 1000) power++;
+  return power ? `${value.toPrecision(3)} ${"kMGTPE"[power - 1]}` : String(value);
 }
 
 // saving(25, 75) is ["25%", "fewer"]; drafting may take more than it saves: saving(-5, 105) is ["5%", "more"].
@@ -247,7 +248,7 @@ function setBusy(busy) {
 }
 
 function finished(run) {
-  const why = { stop: "ended by the model", length: "as many as asked for" }[run.finish];
+  const why = { stop: "ended by the model", length: "as many as asked for" }[run.finish] ?? run.finish;
   return `Depth ${fixed(run.depth, 2)}: ${run.tokens.length} tokens, ${why}.`;
 }
 
@@ -346,7 +347,8 @@ function startTheme() {
 function showModel() {
   const { num_layers: layers, max_positions: positions, max_tokens: most, min_depth: least, tuned_depths: tuned, drafts, chat } = model.shoal;
   const depths = tuned?.map(depth => Number(depth.toFixed(2))) ?? [];
-  $("model").textContent = document.title = model.id;
+  $("model").textContent = model.id;
+  document.title = `${model.id} – Shoal`;
   $("about").textContent = `${layers} layers, ${positions} positions${depths.length ? `, tuned for depths ${depths.join(", ")}` : ""}`;
   $("tuned").replaceChildren(...depths.map(depth => node("option", "", { value: Math.round(100 * depth) })));
   $("draft").append(...drafts.map(name => node("option", name, { value: name })));
@@ -371,30 +373,32 @@ function refresh() {
   }
 }
 
+// The form sleeps until the model is known: a server with keys tells nothing before it has seen one.
 async function start() {
   try {
     model = (await (await call("v1/models")).json()).data[0];
-    $("alert").textContent = "";
-    $("ask").hidden = false;
-    showModel();
-    refresh();
   } catch (error) {
-    $("alert").textContent = error.message;
+    return void ($("alert").textContent = error.message);
   }
+  $("alert").textContent = "";
+  $("ask").inert = false;
+  showModel();
+  refresh();
+  $("ask").addEventListener("input", refresh);
+  $("ask").addEventListener("submit", event => { event.preventDefault(); runAll(); });
+  $("stop").addEventListener("click", () => running?.abort());
+  document.addEventListener("keydown", event => {
+    if (event.key === "Escape") running?.abort();
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) $("ask").requestSubmit();
+  });
 }
 
-$("ask").addEventListener("submit", event => { event.preventDefault(); runAll(); });
-$("ask").addEventListener("input", refresh);
-$("stop").addEventListener("click", () => running?.abort());
 $("key-form").addEventListener("submit", event => {
   event.preventDefault();
   sessionStorage.setItem("shoal-key", $("key").value);
   $("key-form").hidden = true;
-  start();
-});
-document.addEventListener("keydown", event => {
-  if (event.key === "Escape") running?.abort();
-  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) $("ask").requestSubmit();
+  if (model) refresh();
+  else start();
 });
 startTheme();
 start();
