@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -37,13 +38,13 @@ WIDTHS = {"laptop": (1280, 800), "phone": (360, 740)}
 @contextmanager
 def serving(folder: Path, *options: str) -> Iterator[str]:
     """`shoal serve` as users start it; its address."""
-    port_file = folder / "port"
-    command = (sys.executable, "-m", "shoal.cli.main", "serve", "shoal-e2e")
-    with subprocess.Popen([*command, "--port", "0", "--port-file", str(port_file), *options]) as server:
+    said = folder / "stderr"
+    command = (sys.executable, "-m", "shoal.cli.main", "serve", "shoal-e2e", "--port", "0", *options)
+    with said.open("w") as stderr, subprocess.Popen(command, stderr=stderr) as server:
         try:
-            until(lambda: server.poll() is not None or (port_file.exists() and port_file.read_text()), timeout_s=60)
-            assert server.poll() is None, "the server ended before it listened"
-            yield f"http://127.0.0.1:{port_file.read_text().strip()}/"
+            until(lambda: server.poll() is not None or "http://" in said.read_text(), timeout_s=60)
+            assert server.poll() is None, said.read_text()
+            yield re.findall(r"http://\S+/", said.read_text())[0]
         finally:
             server.terminate()
 

@@ -52,8 +52,7 @@ function inChat() {
 function requested(depth) {
   const most = $("max-tokens").valueAsNumber, prompt = $("prompt").value;
   return {
-    model: model.id, depth, temperature: $("temperature").valueAsNumber, seed: $("seed").valueAsNumber,
-    ...($("draft").value && { draft: $("draft").value }),
+    model: model.id, depth, draft: $("draft").value, temperature: $("temperature").valueAsNumber, seed: $("seed").valueAsNumber,
     ...(inChat() ? { messages: [{ role: "user", content: prompt }], max_completion_tokens: most } : { prompt, max_tokens: most }),
   };
 }
