@@ -293,7 +293,7 @@ function showDifference(a, b, together) {
   const clocks = [a, b].map(run => `${fixed(run.usage.shoal.seconds, 2)} s for ${run.usage.completion_tokens} tokens`).join(" against ");
   $("clock").textContent = together ? "Both ran at the same time and shared the machine: their seconds do not compare the depths."
     : `Wall clock of one run each, one after the other: ${clocks}. `
-    + `B took ${fixed(b.usage.shoal.seconds / a.usage.shoal.seconds, 2)} times as long as A.`;
+    + `B took ${fixed(b.usage.shoal.seconds / a.usage.shoal.seconds, 2)} times as long as A; repeat the pair before you rely on that.`;
   if (first < 0) return void ($("difference").textContent = `Both depths gave the same ${a.ids.length} tokens.`);
   const alone = unmatched(a.ids, b.ids);
   for (const [k, run] of [a, b].entries()) {
