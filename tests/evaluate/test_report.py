@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -13,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from chromium import requested, set_device, start_chromium, until
 from made_frontier import frontier, language_modelling
 from shoal.evaluate.bootstrap import Score
 from shoal.evaluate.frontier_result import Example, FrontierResult, Refused
@@ -126,37 +125,18 @@ def test_a_difference_whose_interval_holds_zero_is_none():
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """Chromium under ChromeDriver; skips where there is none."""
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-    chromium, chromedriver = shutil.which("chromium"), shutil.which("chromedriver")
-    if chromium is None or chromedriver is None:
-        pytest.skip("chromium or chromedriver is not installed (Debian's packages chromium and chromium-driver)")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for flag in (
-        "headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking",
-        "disable-component-update", "disable-sync", "disable-dev-shm-usage",
-    ):  # fmt: skip
-        options.add_argument(f"--{flag}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(chromedriver))
-    yield driver
-    driver.quit()
+    """Of all tests here."""
+    with start_chromium() as driver:
+        yield driver
 
 
 def open_page(browser: Any, page: Path, *, size: tuple[int, int], scheme: str = "light") -> list[str]:
     """Load the page; returns the addresses that it asked for."""
     browser.get("about:blank")
-    browser.execute_cdp_cmd(
-        "Emulation.setDeviceMetricsOverride",
-        {"width": size[0], "height": size[1], "deviceScaleFactor": 1, "mobile": size[0] < 600},
-    )
-    features = [{"name": "prefers-color-scheme", "value": scheme}]
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+    set_device(browser, size=size, scheme=scheme)
     browser.get_log("browser"), browser.get_log("performance")
     browser.get(page.as_uri())
-    messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    return [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+    return requested(browser)
 
 
 def assert_sound(browser: Any) -> None:
@@ -172,7 +152,7 @@ def assert_sound(browser: Any) -> None:
 def test_the_page_opens(browser: Any, tmp_path: Path, width: str, scheme: str):
     page = write_report(frontier(), tmp_path / "report.html")
     requests = open_page(browser, page, size=WIDTHS[width], scheme=scheme)
-    wait_for(browser, "return document.querySelectorAll('.plot svg').length === 3")
+    until(lambda: browser.execute_script("return document.querySelectorAll('.plot svg').length === 3"))
     assert {url for url in requests if not url.startswith("data:")} == {page.as_uri()}
     assert_sound(browser)
     assert browser.execute_script("return innerWidth") == WIDTHS[width][0]
@@ -187,7 +167,7 @@ def test_pointing_at_an_arm_shows_its_numbers(browser: Any, tmp_path: Path):
 
     page = write_report(frontier(), tmp_path / "report.html")
     open_page(browser, page, size=WIDTHS["laptop"])
-    wait_for(browser, "return document.querySelectorAll('.plot svg').length === 3")
+    until(lambda: browser.execute_script("return document.querySelectorAll('.plot svg').length === 3"))
     mark = browser.find_element("css selector", "#frontier [aria-label*='skipdecode@0.5']")
     ActionChains(browser).move_to_element(mark).perform()
     tip = browser.find_element("css selector", "#frontier .tip")
@@ -212,7 +192,7 @@ def test_pointing_at_an_arm_shows_its_numbers(browser: Any, tmp_path: Path):
 @pytest.mark.parametrize("width", WIDTHS)
 def test_hostile_texts_stay_texts(browser: Any, tmp_path: Path, width: str):
     open_page(browser, write_report(hostile(), tmp_path / "report.html"), size=WIDTHS[width])
-    wait_for(browser, "return document.querySelectorAll('.plot svg').length === 3")
+    until(lambda: browser.execute_script("return document.querySelectorAll('.plot svg').length === 3"))
     browser.execute_script("document.querySelectorAll('details').forEach(one => one.open = true)")
     assert browser.execute_script("return document.querySelector('h1').textContent") == HOSTILE[0]
     for number in range(len(hostile().arms)):
@@ -224,16 +204,8 @@ def test_hostile_texts_stay_texts(browser: Any, tmp_path: Path, width: str):
 
 def test_a_result_with_little_in_it(browser: Any, tmp_path: Path):
     open_page(browser, write_report(language_modelling(), tmp_path / "report.html"), size=WIDTHS["phone"])
-    wait_for(browser, "return document.querySelectorAll('.plot svg').length === 2")
+    until(lambda: browser.execute_script("return document.querySelectorAll('.plot svg').length === 2"))
     assert_sound(browser)
     text = browser.find_element("tag name", "main").text
     assert "Effect of output length" not in text
     assert "Side by side" not in text
-
-
-def wait_for(browser: Any, script: str, *, timeout_s: float = 10) -> None:
-    """Until the script returns true: charts are drawn when their box has a width."""
-    end = time.monotonic() + timeout_s
-    while not browser.execute_script(script):
-        assert time.monotonic() < end, f"not within {timeout_s} s: {script}"
-        time.sleep(0.05)

@@ -45,7 +45,12 @@ T = TypeVar("T")
 PING_S = 15
 """Seconds without an event after which a stream says that it is alive."""
 PAGE_HEADERS = {"content-security-policy": "default-src 'self'", "x-content-type-options": "nosniff"}
-PAGE_TYPES = {"index.html": "text/html", "page.css": "text/css", "page.js": "text/javascript"}
+PAGE_TYPES = {
+    "index.html": "text/html",
+    "page.css": "text/css",
+    "page.js": "text/javascript",
+    "icon.svg": "image/svg+xml",
+}
 
 
 class Server:
