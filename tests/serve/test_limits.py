@@ -432,3 +432,19 @@ def test_no_chat_template(tmp_path: Path) -> None:
         assert client_of(url).models.retrieve("tiny").shoal["chat"] is False
         with pytest.raises(openai.BadRequestError, match="no chat template"):
             client_of(url).chat.completions.create(model="tiny", messages=[{"role": "user", "content": "hi"}])
+
+
+def test_more_completions_than_will_ever_fit(serve: Callable[..., str]) -> None:
+    """Refused before any is made, whatever they are made of."""
+    url = serve(max_queue=3)
+    bodies: list[tuple[str, dict[str, Any], str]] = [
+        ("/v1/completions", {"prompt": "a", "n": 10**9}, "n"),
+        ("/v1/completions", {"prompt": ["a"] * 4, "n": 2}, "n"),
+        ("/v1/completions", {"prompt": ["a"] * 200_000}, "prompt"),
+        ("/v1/score", {"prompt": "a", "continuations": ["b"] * 200_000}, "continuations"),
+    ]
+    for path, body, param in bodies:
+        status, answer = fetch(
+            url, path, json.dumps({"model": "tiny", **body}).encode(), content_type="application/json"
+        )
+        assert (status, json.loads(answer)["error"]["param"]) == (400, param)

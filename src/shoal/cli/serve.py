@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import socket
 from collections.abc import Callable
 from dataclasses import replace
@@ -123,7 +124,13 @@ def serve(
             soft_wrap=True,
             highlight=False,
         )
-        served = uvicorn.Config(make_app(engine, config), log_config=None, log_level="warning", access_log=False)
+        served = uvicorn.Config(
+            make_app(engine, config),
+            log_config=None,
+            log_level="warning",
+            access_log=False,
+            timeout_graceful_shutdown=math.ceil(timeout_s),
+        )
         uvicorn.Server(served).run(sockets=[listening])
 
 

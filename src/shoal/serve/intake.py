@@ -51,13 +51,16 @@ class Intake:
         max_tokens = 16 if body.max_tokens is None else body.max_tokens
         if max_tokens == 0 and (not body.echo or body.stream):
             raise ApiError(400, "max_tokens: 0 is for echo without stream, to look at a prompt", param="max_tokens")
-        prompts = [self.encode(prompt) for prompt in listed(body.prompt)]
+        given = listed(body.prompt)
+        self.check_count(len(given) * body.n, "n" if body.n > 1 else "prompt")
+        prompts = [self.encode(prompt) for prompt in given]
         scores = body.logprobs if body.echo else None
         return self._job(body, prompts, max(1, max_tokens), body.logprobs, prompt_logprobs=scores)
 
     def chat(self, body: schema.Chat) -> Job:
         """The requests of `/v1/chat/completions`."""
         self.check_model(body.model)
+        self.check_count(body.n, "n")
         prompt = self.encode_chat(body.messages)
         wanted = body.max_completion_tokens or body.max_tokens
         if body.max_tokens == 0:
@@ -75,6 +78,12 @@ class Intake:
                 param="model",
                 code="model_not_found",
             )
+
+    def check_count(self, count: int, param: str) -> None:
+        """Refuse a body that makes more requests than will ever fit in, before any is made."""
+        most = self.engine.runner.cache.num_slots + self.config.max_queue
+        if count > most:
+            raise ApiError(400, f"{param}: {count} completions in one request, this server takes {most}", param=param)
 
     def encode(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
         """Token ids of a prompt."""
@@ -97,9 +106,7 @@ class Intake:
             text = tokenizer.apply_chat_template(
                 [message_of(message) for message in messages], tokenize=False, add_generation_prompt=True
             )
-        except (
-            Exception
-        ) as error:  # templates are programs of the checkpoint's: they refuse roles and orders in their own ways
+        except Exception as error:  # templates are programs of the checkpoint's, and refuse turns in their own ways
             raise ApiError(400, f"messages: the chat template refuses them: {error}", param="messages") from error
         token_ids = tuple(tokenizer(text, add_special_tokens=False).input_ids)  # the template has written them
         if not token_ids:

@@ -36,6 +36,7 @@ class ScoringJob:
 def scoring_job(intake: Intake, body: schema.Score) -> ScoringJob:
     """The requests of a body. Raises `ApiError`."""
     intake.check_model(body.model)
+    intake.check_count(len(body.continuations), "continuations")
     prompt = intake.encode(body.prompt)
     in_one_pass = isinstance(intake.plan(body), Dense)
     continuations, requests = [], []

@@ -95,8 +95,6 @@ class Worker:
 
     def submit(self, requests: Sequence[Request], key: str) -> Follower:
         """Queue requests for the holder of `key`. Raises `ApiError` where too many wait already."""
-        if len(requests) > self.most:
-            raise ApiError(400, f"{len(requests)} completions in one request: this server takes {self.most}", param="n")
         if len(requests) > self.room:
             self.metrics.refused.inc()
             raise ApiError(
