@@ -107,7 +107,7 @@ def serve(
                 revision=revision,
                 token=token,
                 max_batch=max_batch,
-                max_pass_tokens=max(max_pass_tokens, max_batch),
+                max_pass_tokens=max_pass_tokens,
                 cache_gib=cache_gib,
             )
         if depth is not None:
