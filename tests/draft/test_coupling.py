@@ -61,7 +61,7 @@ def test_any_two_distributions(drafter: str) -> None:
     kept = 0
     for seed in range(DRAWS):
         drafted = draw(q, uniform_noise(seed, 0, 0))
-        token = couple(p, drafted, q, coin=uniform_noise(seed, 1, 0), noise=uniform_noise(seed, 2, 0))
+        token = couple(p, [drafted], q, coins=[uniform_noise(seed, 1, 0)], noise=uniform_noise(seed, 2, 0))
         counts[token] += 1
         kept += token == drafted
     assert_distributed(counts, p)
@@ -83,7 +83,7 @@ def test_any_sampling(option: str) -> None:
     counts: Counter[int] = Counter()
     for seed in range(DRAWS):
         drafted = draw(q, uniform_noise(seed, 7, 7))
-        counts[choose(logits, request(seed), (), (drafted, q))] += 1
+        counts[choose(logits, request(seed), (), ([drafted], q))] += 1
     assert_distributed(counts, expected)
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from shoal.draft.proposal import Proposal
 from shoal.engine.request import Request
-from shoal.engine.sampler import draw
-from shoal.engine.sampling import uniform_noise
+from shoal.engine.sampler import distribution, draw
+from shoal.engine.sampling import Sampling, uniform_noise
 
 BORDERS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.97, 0.99)
 """Probabilities between two stretches of evidence."""
@@ -41,7 +41,7 @@ class ModelDraft:
 
     def draw(self, logits: Tensor) -> None:
         """Instead of `append` where coupled: the next token from the drafting model's float32 logits [V]."""
-        q = (logits / self.request.sampling.temperature).softmax(dim=-1)
+        q = soften(logits, self.request.sampling.temperature)
         position = len(self.request.output) + len(self.tokens)
         token = draw(q, uniform_noise(self.request.sampling.seed ^ DRAWN, self.request.sample, position))
         self.append(token, int(np.searchsorted(BORDERS, float(q[token]), side="right")))
@@ -51,6 +51,11 @@ class ModelDraft:
         """Take the most probable token."""
         self.tokens.append(token)
         self.evidence.append(evidence)
+
+
+def soften(logits: Tensor, temperature: float) -> Tensor:
+    """What drafts are drawn from: float32 logits [V] of the drafting model at a temperature above 0, as probabilities."""
+    return distribution(logits, Sampling(temperature=temperature))
 
 
 @torch.inference_mode()
