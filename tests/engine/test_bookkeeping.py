@@ -71,7 +71,9 @@ class NoDecoder:
                 self.written[place] = position + 1
                 assert blocks(position + 1) <= cache.num_blocks[slot, index], f"{place} holds too few blocks"
                 assert position < cache.max_positions
-        if work.trees:  # whatever is written where, a token sees as many positions as stand before it in its text, and its own
+        if (
+            work.trees
+        ):  # whatever is written where, a token sees as many positions as stand before it in its text, and its own
             seen = work.trees.below + [bin(bits).count("1") for bits in work.trees.among]
             assert (seen == work.positions + 1).all()
         logits = torch.zeros(len(work.logit_tokens), VOCAB)

@@ -113,9 +113,7 @@ def random_jobs(seed: str, num_layers: int, *, stop: Sequence[str] = ()) -> Jobs
     return prompts, samplings, plans
 
 
-def knowing(
-    engine: Engine, expected: Sequence[Generation], *, seed: str, longest: int, trees: bool = False
-) -> Knowing:
+def knowing(engine: Engine, expected: Sequence[Generation], *, seed: str, longest: int, trees: bool = False) -> Knowing:
     """Install a drafter that knows `expected`."""
     tokens = {(g.index, g.sample): g.token_ids for g in expected}
     drafter = Knowing(engine, tokens, seed=seed, longest=longest, trees=trees)
