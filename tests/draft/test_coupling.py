@@ -51,7 +51,7 @@ def assert_distributed(counts: Counter[int], expected: Tensor) -> None:
     assert p_value > FALSE_ALARM
 
 
-@pytest.mark.parametrize("siblings", [1, 2, 5])
+@pytest.mark.parametrize("siblings", [1, 5])
 @pytest.mark.parametrize("drafter", ["uniform", "wrong", "point", "same"])
 def test_any_two_distributions(drafter: str, siblings: int) -> None:
     p = torch.tensor([0.4, 0.25, 0.2, 0.1, 0.05, 0.0])
@@ -103,10 +103,10 @@ def expected_distribution(logits: Tensor, request: Any, ahead: Sequence[int] = (
     return distribution(adjust(logits.clone(), request, [*request.output, *ahead]), request.sampling)
 
 
-@pytest.mark.parametrize("branches", [(2,), (6,), (3, 2), (2, 2, 2), (1, 3, 1)])
-@pytest.mark.parametrize("option", ["temperature", "top-p", "penalties"])
+@pytest.mark.parametrize("branches", [(6,), (3, 2), (2, 2, 2)])
+@pytest.mark.parametrize("option", ["temperature", "penalties"])
 def test_any_tree(option: str, branches: tuple[int, ...]) -> None:
-    """A fifth of the draws, each of a whole tree: after all beginnings that occur often, the next token is distributed as without
+    """A tenth of the draws, each of a whole tree: after all beginnings that occur often, the next token is distributed as without
     drafting.
 
     The two models are tables of logits, one row for each last token.
@@ -115,7 +115,7 @@ def test_any_tree(option: str, branches: tuple[int, ...]) -> None:
     plan, drafter = torch.randn(2, VOCAB, VOCAB, generator=generator).unbind()
     counts: dict[tuple[int, ...], Counter[int]] = defaultdict(Counter)
     drafted, accepted = 0, 0
-    for seed in range(DRAWS // 5):
+    for seed in range(DRAWS // 10):
         request = request_of(option, seed)
         tree = TreeDraft(DraftRow(request=request, slot=0, position=3, most=32), branches)
         while not tree.whole:
@@ -142,20 +142,19 @@ def test_any_tree(option: str, branches: tuple[int, ...]) -> None:
     assert chi2.sf(statistic, freedom) > FALSE_ALARM
 
 
-@pytest.mark.parametrize(
-    "how", [{"tokens": 2, "coupled": True}, {"coupled": True}, {"branches": (2, 2)}, {"branches": (4, 1)}]
-)
+@pytest.mark.parametrize("how", [{"tokens": 2, "coupled": True}, {"coupled": True}, {"branches": (2, 2)}])
 def test_whole_texts(make_engine: Callable[..., Engine], how: dict[str, Any]) -> None:
-    """Four tokens of 3,000 seeds from an engine that drafts with two layers, against as many without; lengths are fixed, or the
-    engine's choice, which must not depend on what was drawn."""
+    """Four tokens of 3,000 seeds (with trees 1,500) from an engine that drafts with two layers, against as many without; lengths
+    are fixed, or the engine's choice, which must not depend on what was drawn."""
     engine = make_engine(max_batch=32)
     draft = SelfDraft(plan=EarlyTermination(min_layers=2, max_layers=2), **how)
-    num_tokens = 10 if draft.branches else 4  # towards a request's end trees are thinner
+    # Towards a request's end trees are thinner.
+    num_tokens, num_seeds = (10, 1500) if draft.branches else (4, 3000)
 
     def texts(first_seed: int, how: object) -> tuple[Counter[tuple[int, ...]], int, int]:
         samplings = [
             Sampling(max_new_tokens=num_tokens, temperature=1.0, top_k=2, seed=seed, ignore_eos=True)
-            for seed in range(first_seed, first_seed + 3000)
+            for seed in range(first_seed, first_seed + num_seeds)
         ]
         done = engine.generate([[1, 2, 3]] * len(samplings), samplings, draft=how)
         drafted = sum(one.drafting.drafted for one in done if one.drafting)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from shoal.draft.proposal import Proposal
 from shoal.engine.request import Request
-from shoal.engine.sampler import distribution, draw
-from shoal.engine.sampling import Sampling, uniform_noise
+from shoal.engine.sampler import draw
+from shoal.engine.sampling import uniform_noise
 
 BORDERS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.97, 0.99)
 """Probabilities between two stretches of evidence."""
@@ -55,7 +55,7 @@ class ModelDraft:
 
 def soften(logits: Tensor, temperature: float) -> Tensor:
     """What drafts are drawn from: float32 logits [V] of the drafting model at a temperature above 0, as probabilities."""
-    return distribution(logits, Sampling(temperature=temperature))
+    return ((logits - logits.max()) / max(temperature, torch.finfo(logits.dtype).tiny)).softmax(dim=-1)
 
 
 @torch.inference_mode()

@@ -23,7 +23,7 @@ class Proposal:
     tokens: tuple[int, ...] = ()
     """In order; none where there is nothing to offer."""
     evidence: tuple[int, ...] = ()
-    """Per token a small whole number, how much speaks for it: an index into `Proposer.priors`. None for trees, which are
+    """Per token a small whole number, how much speaks for it: an index into `Proposer.priors`. Nothing for trees, which are
     verified whole."""
     parents: tuple[int, ...] | None = None
     """As in `Draft`."""

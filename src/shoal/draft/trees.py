@@ -37,8 +37,8 @@ Branches = tuple[int, ...]
 
 
 def thinned(branches: Branches, most: int) -> Branches:
-    """Branches of a tree of at most `most` tokens: it is no deeper than that, and its widest depth, the last of equal ones, loses one
-    until it fits.
+    """Branches of a tree of at most `most` tokens: it is no deeper than that, and its widest depth, the last of equal ones, loses
+    one until it fits.
 
     A request that has 7 tokens to go makes (2, 1, 1) of (3, 2, 1): no path is longer, and all is written where tokens will be.
     """
