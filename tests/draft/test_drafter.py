@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -37,6 +38,24 @@ def test_refused(make_engine: Callable[..., Engine], draft: object, message: str
 def test_refused_settings(make: Callable[[], object]) -> None:
     with pytest.raises(InvalidDraft):
         make()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"branches": (3, 0)}, "1 or more, one per depth"),
+        ({"branches": ()}, "1 or more, one per depth"),
+        ({"branches": 4}, "1 or more, one per depth"),
+        ({"branches": (3, 3, 3)}, "a tree of 39 tokens, at most 32"),
+        ({"branches": (2,), "tokens": 2}, "either tokens or branches"),
+        ({"branches": (2,), "coupled": True}, "leave coupled out"),
+    ],
+)
+def test_refused_branches(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidDraft, match=message):
+        SelfDraft(**options)
+    with pytest.raises(InvalidDraft, match=message):
+        SmallModel(path="anywhere", **options)
 
 
 def test_another_tokenizer_is_refused(make_engine: Callable[..., Engine], tmp_path: Path) -> None:

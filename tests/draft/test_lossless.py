@@ -38,6 +38,12 @@ def ways_to_draft(small: Path) -> dict[str, list[object]]:
         ],
         "small": [str(small), SmallModel(path=str(small), tokens=4)],
         "auto": ["auto", Auto(tokens=2)],
+        "trees": [
+            SelfDraft(plan=EarlyTermination(min_layers=2, max_layers=2), branches=(3, 2, 1)),
+            SelfDraft(plan=SkipDecode(min_layers=2, max_layers=4, horizon=10), branches=(2, 2, 2, 1)),
+            SmallModel(path=str(small), branches=(2, 1, 1, 1)),
+            SmallModel(path=str(small), branches=(8,)),
+        ],
     }
 
 
@@ -63,7 +69,7 @@ def test_tokens_are_the_same(family: str, tmp_path: Path) -> None:
         sampling = Sampling(
             max_new_tokens=num_tokens,
             ignore_eos=rng.random() < 0.9,
-            temperature=rng.choice([0, 0, 0, 0.3, 1.0]),
+            temperature=0 if name == "trees" else rng.choice([0, 0, 0, 0.3, 1.0]),
             seed=rng.randrange(2**63),
         )
         plan: Plan = rng.choice([Dense(), Dense(), random_policy(rng, NUM_LAYERS)])

@@ -1,6 +1,6 @@
 """Slots, blocks and the queue under random sequences of requests that come, draft, finish, are cancelled, late, or fail.
 
-Integers alone: in place of the decoder stands a function that computes nothing and checks every read against every write.
+Integers alone: in place of the decoder stands a function that writes tokens as their own keys and checks every one that it reads.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from torch import Tensor
 
 from random_plans import random_plan
+from random_trees import random_tree
 from shoal import DepthPlan, Engine, Generation, Sampling
 from shoal.depth.cost import blocks
 from shoal.depth.shape import ModelShape
@@ -48,7 +49,7 @@ class NoDecoder:
         self.dtype, self.device = torch.float32, torch.device("cpu")
         self.rng = random.Random(0)
         self.engine: Engine | None = None
-        self.written: dict[tuple[int, int], list[int]] = {}
+        self.written: dict[tuple[int, int], int] = {}
         self.num_tokens: list[int] = []
 
     def __call__(self, work: Pass, cache: KVCache) -> Tensor:
@@ -58,16 +59,23 @@ class NoDecoder:
             for slot, position, token in zip(*self.tokens_of(layer, work.token_ids.tolist()), strict=True):
                 place = (index, slot)
                 # What it reads is there, and is the request's own: not of a request before it, not of a draft taken back.
-                cached = self.written.setdefault(place, [])
-                del cached[position:]
-                assert len(cached) == position, f"{place} reads {position} positions of {len(cached)} written"
+                written = self.written.get(place, 0)
+                assert written >= position, f"{place} reads {position} positions of {written} written"
+                cached = cache.keys[index][slot, 0, :, 0]
                 assert self.engine is not None
                 request = self.engine.runner.slots[slot]
                 known = [*request.prompt, *request.output]
-                assert cached[: len(known)] == known[: len(cached)], f"{place} reads tokens that are not its request's"
-                cached.append(token)
+                count = min(position, len(known))
+                assert cached[:count].tolist() == known[:count], f"{place} reads tokens that are not its request's"
+                cached[position] = token
+                self.written[place] = position + 1
                 assert blocks(position + 1) <= cache.num_blocks[slot, index], f"{place} holds too few blocks"
                 assert position < cache.max_positions
+        if (
+            work.trees
+        ):  # whatever is written where, a token sees as many positions as stand before it in its text, and its own
+            seen = work.trees.below + [bin(bits).count("1") for bits in work.trees.among]
+            assert (seen == work.positions + 1).all()
         logits = torch.zeros(len(work.logit_tokens), VOCAB)
         for row, token in enumerate(work.token_ids[work.logit_tokens].tolist()):
             likely = (token + 1) % POISON if self.rng.random() < 0.7 else self.rng.randrange(POISON)
@@ -112,6 +120,9 @@ class RandomDrafter:
                 drafted = [(last + 1 + step) % POISON for step in range(count)]
                 drafted[self.rng.randrange(count)] = self.rng.randrange(POISON)
                 drafts[row.slot] = Draft(tokens=tuple(drafted))
+                if self.rng.random() < 0.4:
+                    drafted, parents = random_tree(self.rng, drafted, range(POISON))
+                    drafts[row.slot] = Draft(tokens=tuple(drafted), parents=tuple(parents))
         return drafts
 
     def why_not(self, request: Request) -> str | None:

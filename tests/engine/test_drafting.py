@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from random_plans import random_plan, random_policy
+from random_trees import random_tree
 from shoal import Dense, Engine, Generation, Sampling
 from shoal.engine.batch import last_of_each
 from shoal.engine.drafting import MAX_DRAFT_TOKENS, Draft, DraftRow, DraftStats, num_matching
@@ -30,10 +31,17 @@ class Knowing:
     """Drafts what will come, with an error at random."""
 
     def __init__(
-        self, engine: Engine, expected: Mapping[tuple[int, int], Sequence[int]], *, seed: str, longest: int
+        self,
+        engine: Engine,
+        expected: Mapping[tuple[int, int], Sequence[int]],
+        *,
+        seed: str,
+        longest: int,
+        trees: bool = False,
     ) -> None:
-        """`expected`: tokens by index and sample."""
+        """`expected`: tokens by index and sample; `trees`: half of the drafts branch."""
         self.engine, self.expected, self.rng, self.longest = engine, expected, random.Random(seed), longest
+        self.trees = trees
         self.ends: list[int] = []
         self.emitted: dict[int, list[int]] = {}
 
@@ -58,6 +66,9 @@ class Knowing:
             if self.rng.random() < 0.6:
                 drafted[self.rng.randrange(count)] = self.rng.randrange(256)
             drafts[row.slot] = Draft(tokens=tuple(drafted))
+            if self.trees and self.rng.random() < 0.5:
+                drafted, parents = random_tree(self.rng, drafted, range(256))
+                drafts[row.slot] = Draft(tokens=tuple(drafted), parents=tuple(parents))
         return drafts
 
     def why_not(self, request: Request) -> str | None:
@@ -102,9 +113,10 @@ def random_jobs(seed: str, num_layers: int, *, stop: Sequence[str] = ()) -> Jobs
     return prompts, samplings, plans
 
 
-def knowing(engine: Engine, expected: Sequence[Generation], *, seed: str, longest: int) -> Knowing:
+def knowing(engine: Engine, expected: Sequence[Generation], *, seed: str, longest: int, trees: bool = False) -> Knowing:
     """Install a drafter that knows `expected`."""
-    drafter = Knowing(engine, {(g.index, g.sample): g.token_ids for g in expected}, seed=seed, longest=longest)
+    tokens = {(g.index, g.sample): g.token_ids for g in expected}
+    drafter = Knowing(engine, tokens, seed=seed, longest=longest, trees=trees)
     engine.runner.drafter = drafter
     return drafter
 
@@ -116,8 +128,10 @@ def without_drafting(generation: Generation) -> Generation:
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("longest", [1, 4, 32])
-def test_whatever_is_drafted(way: str, longest: int, checkpoint: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+@pytest.mark.parametrize(("longest", "trees"), [(1, False), (4, False), (32, False), (8, True), (32, True)])
+def test_whatever_is_drafted(
+    way: str, longest: int, trees: bool, checkpoint: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
     """Tokens, texts, log-probabilities, finish reasons and the plan's part of the ledger; greedy and sampled, stop strings too."""
     decoder = decoder_of(way, checkpoint)
     num_layers = decoder.config.shape.num_layers
@@ -125,7 +139,7 @@ def test_whatever_is_drafted(way: str, longest: int, checkpoint: Path, tokenizer
     jobs = random_jobs("drafted", num_layers, stop=stop)
     expected = Engine(decoder, tokenizer, max_batch=8, cache_gib=0.25).generate(*jobs)
     engine = Engine(decoder, tokenizer, max_batch=8, max_pass_tokens=100, cache_gib=0.25)
-    drafter = knowing(engine, expected, seed=way, longest=longest)
+    drafter = knowing(engine, expected, seed=way, longest=longest, trees=trees)
     got = engine.generate(*jobs, draft="known")
 
     close = way != "native"  # the kernel's sums do not depend on how many tokens a row brings
@@ -259,6 +273,15 @@ def test_last_of_each() -> None:
 
     assert last_of_each(np.array([3, 5, 9]), np.array([2, 0, 3])).tolist() == [1, 2, 6, 7, 8]
     assert last_of_each(np.array([3, 5, 9]), np.array([1, 0, 1])).tolist() == [2, 8]
+
+
+def test_path() -> None:
+    """The tree of `engine/trees.py` with tokens a to e: b, then e, then something else; nothing; all of a chain."""
+    tree = Draft(tokens=(10, 11, 12, 13, 14), parents=(0, 0, 1, 1, 2))
+    assert tree.path([11, 14, 99]) == [2, 5]
+    assert tree.path([14]) == []
+    assert Draft(tokens=(10, 11)).path([10, 11, 12]) == [1, 2]
+    assert [list(tree.children(token)) for token in range(6)] == [[1, 2], [3, 4], [5], [], [], []]
 
 
 def test_num_matching() -> None:

@@ -14,8 +14,10 @@ from torch import Tensor
 
 from compared_runs import engine_over, random_jobs, run
 from families import save, tiny_model
+from random_trees import random_tree
 from shoal.depth.shape import ModelShape
 from shoal.engine.batch import Rows, build_pass
+from shoal.engine.trees import TreeTokens
 from shoal.models.executor import Executor
 from shoal.models.passes import Pass
 from ways import decoder_of, needs_kernel
@@ -93,6 +95,44 @@ def test_any_chunks_of_a_prompt(decoder: Executor) -> None:
         assert torch.equal(cut_logits, logits)
         for whole, cut in zip(caches.keys + caches.values, cut_caches.keys + cut_caches.values, strict=True):
             assert torch.equal(whole, cut)
+
+
+def test_paths_of_a_tree(decoder: Executor) -> None:
+    """Random trees after 37 cached positions, whole or a depth at a time: logits, keys and values along each path are those of the
+    path as a chain."""
+    shape, rng = decoder.config.shape, random.Random("trees")
+    start = 37
+
+    def run(token_ids: list[int], first: int, caches: Caches, parents: list[int] | None = None) -> Tensor:
+        """Logits of a row's tokens from number `first` on."""
+        count = np.array([len(token_ids)])
+        served = np.repeat(count[None], shape.num_layers, axis=1)
+        trees = {} if parents is None else {3: TreeTokens.of(start, parents, first)}
+        trees = {
+            slot: replace(tree, depths=tree.depths[: count[0]], lineages=tree.lineages[: count[0]])
+            for slot, tree in trees.items()
+        }
+        rows = Rows(slots=np.array([3]), starts=np.array([start + first]), num_tokens=count, served=served, trees=trees)
+        return decoder(build_pass(rows, token_ids, count), caches).clone()
+
+    for size in (1, 2, 7, 32):
+        tokens, parents = random_tree(rng, rng.choices(range(256), k=size), range(256))
+        tokens = [17, *tokens]
+        depths = TreeTokens.of(start, parents).depths
+        whole, levels = Caches(shape, decoder.dtype, 128), Caches(shape, decoder.dtype, 128)
+        logits = run(tokens, 0, whole, parents)
+        cuts = [0, *(np.flatnonzero(np.diff(depths)) + 1).tolist(), size + 1]
+        by_level = [run(tokens[first:end], first, levels, parents) for first, end in pairwise(cuts)]
+        assert torch.equal(torch.cat(by_level), logits)
+        for leaf in sorted({*range(1, size + 1)} - set(parents)):
+            path = [leaf]
+            while path[0]:
+                path.insert(0, parents[path[0] - 1])
+            chain = Caches(shape, decoder.dtype, 128)
+            assert torch.equal(run([tokens[token] for token in path], 0, chain), logits[path])
+            written = start + np.array(path)
+            for ours, plain in zip(whole.keys + whole.values, chain.keys + chain.values, strict=True):
+                assert torch.equal(ours[3, :, written], plain[3, :, start : start + len(path)])
 
 
 def test_one_thread_or_two(decoder: Executor) -> None:

@@ -1,10 +1,13 @@
-"""What `draft=` may be: how a request is drafted for. No output changes, but by `coupled` drafts, which keep its distribution."""
+"""What `draft=` may be: how a request is drafted for. No output changes, but by `coupled` drafts and trees, which keep its
+distribution."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from operator import mul
 from pathlib import Path
 
 from shoal.depth.plan import DepthPlan, DepthPolicy
@@ -24,6 +27,11 @@ class Choice:
             raise InvalidDraft(
                 f"tokens must be 1 to {MAX_DRAFT_TOKENS}, or None to let the engine decide, got {self.tokens!r}"
             )
+
+    @property
+    def num_tokens(self) -> int | None:
+        """Tokens drafted in every pass; None where the engine decides."""
+        return self.tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +74,29 @@ class ModelChoice(Choice):
     """At a temperature, draw the draft and accept a token with probability min(1, p/q): more often than it is the very token that
     the request would draw. Outputs keep their distribution, but a seed no longer gives the same ones whatever is drafted or shares
     the batch."""
+    branches: tuple[int, ...] | None = None
+    """How many different tokens to draft after each one of a depth: (3, 2, 1) drafts a tree of 3 + 6 + 6 tokens in every pass, all
+    verified at once, and accepts a path of it. At a temperature they are drawn without replacement and accepted by recursive
+    rejection: always `coupled`, of which the same holds. Greedy requests take the most probable ones and stay exactly the same."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        branches = self.branches
+        if branches is None:
+            return
+        if not (isinstance(branches, tuple) and branches and all(isinstance(n, int) and n >= 1 for n in branches)):
+            raise InvalidDraft(f"branches must be numbers of 1 or more, one per depth, as (3, 2, 1), got {branches!r}")
+        if (count := tree_tokens(branches)) > MAX_DRAFT_TOKENS:
+            raise InvalidDraft(f"branches {branches} make a tree of {count} tokens, at most {MAX_DRAFT_TOKENS} can be")
+        if self.tokens is not None:
+            raise InvalidDraft("branches already say how many tokens are drafted: give either tokens or branches")
+        if self.coupled:
+            raise InvalidDraft("branches are coupled anyway: leave coupled out, or draft without branches")
+
+    @property
+    def num_tokens(self) -> int | None:
+        """Tokens drafted in every pass; None where the engine decides."""
+        return self.tokens if self.branches is None else tree_tokens(self.branches)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +120,11 @@ class SmallModel(ModelChoice):
 class Auto(Choice):
     """Suffix drafting where the text repeats itself, otherwise self-drafting where the checkpoint was tuned for depth; per row and
     pass, whichever promises more."""
+
+
+def tree_tokens(branches: Sequence[int]) -> int:
+    """How many tokens a tree has: 3 + 6 + 6 for (3, 2, 1)."""
+    return sum(accumulate(branches, mul))
 
 
 NAMES: Mapping[str, Choice] = {

@@ -25,7 +25,7 @@ from shoal.draft.choices import Auto, Choice, SelfDraft, Suffix, choice_of
 from shoal.draft.control import STOP_AT, TRIAL_TOKENS, PassSeconds, lengths, model_length, pass_seconds
 from shoal.draft.proposal import Lookup, ModelProposer, Proposal
 from shoal.draft.resolve import check_choice, key_of, make_proposer
-from shoal.engine.drafting import Draft, DraftRow, num_matching
+from shoal.engine.drafting import Draft, DraftRow
 from shoal.engine.request import Request
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ class Way:
     sources: tuple[Source, ...]
     """Lookups before models."""
     tokens: int | None
-    """As in `Choice`."""
+    """`Choice.num_tokens`."""
     proposed: dict[Source, Proposal] = field(default_factory=dict)
     """For the pass at hand."""
     verify_all: bool = False
@@ -152,7 +152,7 @@ class Drafter:
             kinds = (Suffix(), SelfDraft()) if self.engine.tuned else (Suffix(),)
         for kind in kinds:
             check_choice(kind, self.engine, prompt_tokens, max_new_tokens)
-        return Way(sources=tuple(map(self._source, kinds)), tokens=choice.tokens)
+        return Way(sources=tuple(map(self._source, kinds)), tokens=choice.num_tokens)
 
     def propose(self, rows: Sequence[DraftRow], tokens: Mapping[int, int], room: int) -> dict[int, Draft]:
         """As in the engine's `Drafter`."""
@@ -198,7 +198,7 @@ class Drafter:
         for source, proposal in way.proposed.items():
             source.learn(proposal, token_ids)
         for source in way.sources:
-            accepted = num_matching(draft.tokens, token_ids) if draft and source in way.proposed else 0
+            accepted = len(draft.path(token_ids)) if draft and source in way.proposed else 0
             source.gain += WEIGHT / 4 * (accepted - source.gain)
 
     def ended(self, request: Request) -> None:
@@ -307,6 +307,8 @@ def way_of(request: Request) -> Way:
 def cut(proposal: Proposal, count: int) -> Draft:
     """The first `count` tokens of a proposal, with the states of the pass's first `count + 1` tokens at most."""
     tokens, distributions = proposal.tokens[:count], proposal.distributions[:count]
+    if proposal.parents is not None:
+        return Draft(tokens=tokens, parents=proposal.parents[:count], distributions=distributions)
     if proposal.states is None or proposal.done is None:
         return Draft(tokens=tokens, distributions=distributions)
     states = proposal.states[: count + 1]

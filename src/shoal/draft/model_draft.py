@@ -41,7 +41,7 @@ class ModelDraft:
 
     def draw(self, logits: Tensor) -> None:
         """Instead of `append` where coupled: the next token from the drafting model's float32 logits [V]."""
-        q = (logits / self.request.sampling.temperature).softmax(dim=-1)
+        q = soften(logits, self.request.sampling.temperature)
         position = len(self.request.output) + len(self.tokens)
         token = draw(q, uniform_noise(self.request.sampling.seed ^ DRAWN, self.request.sample, position))
         self.append(token, int(np.searchsorted(BORDERS, float(q[token]), side="right")))
@@ -51,6 +51,11 @@ class ModelDraft:
         """Take the most probable token."""
         self.tokens.append(token)
         self.evidence.append(evidence)
+
+
+def soften(logits: Tensor, temperature: float) -> Tensor:
+    """What drafts are drawn from: float32 logits [V] of the drafting model at a temperature above 0, as probabilities."""
+    return ((logits - logits.max()) / max(temperature, torch.finfo(logits.dtype).tiny)).softmax(dim=-1)
 
 
 @torch.inference_mode()

@@ -23,7 +23,10 @@ class Proposal:
     tokens: tuple[int, ...] = ()
     """In order; none where there is nothing to offer."""
     evidence: tuple[int, ...] = ()
-    """Per token a small whole number, how much speaks for it: an index into `Proposer.priors`."""
+    """Per token a small whole number, how much speaks for it: an index into `Proposer.priors`. Nothing for trees, which are
+    verified whole."""
+    parents: tuple[int, ...] | None = None
+    """As in `Draft`."""
     distributions: tuple[Tensor, ...] = ()
     """As in `Draft`."""
     states: Tensor | None = None

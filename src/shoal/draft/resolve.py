@@ -15,6 +15,7 @@ from shoal.draft.proposal import Lookup, ModelProposer
 from shoal.draft.shallow import ShallowProposer
 from shoal.draft.small import SmallModelProposer
 from shoal.draft.suffix import SuffixProposer
+from shoal.draft.trees import ShallowTrees, SmallModelTrees
 from shoal.draft.trigram import TrigramProposer
 from shoal.engine.intake import resolve_plan
 from shoal.errors import CheckpointError, InvalidDraft, InvalidPlan
@@ -44,8 +45,12 @@ def make_proposer(choice: Choice, engine: Engine) -> Lookup | ModelProposer:
             return SuffixProposer(shared=scope is not None)
         case Trigram(corpus=corpus):
             return TrigramProposer(read_corpus(corpus, engine.tokenizer) if corpus else ())
+        case SelfDraft(plan=plan, branches=tuple() as branches):
+            return ShallowTrees(engine.runner, plan or own_policy(engine), engine.tuned, branches)
         case SelfDraft(plan=plan, coupled=coupled):
             return ShallowProposer(engine.runner, plan or own_policy(engine), engine.tuned, coupled=coupled)
+        case SmallModel(path=path, branches=tuple() as branches):
+            return SmallModelTrees(engine.runner, small_model(path, engine), branches)
         case SmallModel(path=path, coupled=coupled):
             return SmallModelProposer(engine.runner, small_model(path, engine), coupled=coupled)
     raise TypeError(f"{choice!r} has no proposer")

@@ -7,10 +7,12 @@ in one ragged pass over all rows; positions of drafts that were taken back are w
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import numpy as np
+from torch import Tensor
 
 from shoal.depth.cost import blocks, flops
 from shoal.draft.model_draft import CONFIDENCE_PRIORS, ModelDraft, extend
@@ -20,8 +22,9 @@ from shoal.engine.cache import KVCache
 from shoal.engine.drafting import DraftRow, num_matching
 from shoal.engine.request import Request
 from shoal.engine.runner import Runner, free_bytes
-from shoal.engine.slots import pairs
+from shoal.engine.slots import served_pairs
 from shoal.engine.step_time import StepTime, pass_work
+from shoal.engine.trees import TreeTokens
 from shoal.models.executor import Executor
 from shoal.models.passes import Ints
 
@@ -124,7 +127,7 @@ class SmallModelProposer:
                 self.cache.hold(rows.slots, start[:, None] + rows.served)
                 part = one.behind[: int(chunk[0])]
                 self.decoder(build_pass(rows, self._known(part), np.zeros(1, dtype=np.int64)), self.cache)
-                self._note([one], rows, heads=0)
+                self._note([one], rows, np.zeros(1, dtype=np.int64))
                 one.seen += part
                 del one.behind[: len(part)]
 
@@ -133,31 +136,44 @@ class SmallModelProposer:
         last = self.shape.vocab_size - 1
         return [min(token, last) for token in token_ids]
 
-    def _note(self, followers: Sequence[Follower], rows: Rows, *, heads: int) -> None:
+    def _note(self, followers: Sequence[Follower], rows: Rows, num_logits: Ints) -> None:
         """Count what a pass took for the requests that it served."""
-        for one, count, num_pairs in zip(followers, rows.num_tokens, pairs(rows.starts, rows.served), strict=True):
+        work = zip(followers, rows.num_tokens.tolist(), served_pairs(rows).tolist(), num_logits.tolist(), strict=True)
+        for one, count, num_pairs, heads in work:
             self.runner.slots.small_model_flops[one.engine_slot] += flops(
-                self.shape, layer_tokens=self.shape.num_layers * int(count), layer_pairs=int(num_pairs), heads=heads
+                self.shape, layer_tokens=self.shape.num_layers * count, layer_pairs=num_pairs, heads=heads
             )
 
     def _pass(self, going: Sequence[tuple[ModelDraft, Follower]]) -> None:
         """One pass of the small model: everyone catches up and gets a token."""
+        by_slot = {follower.slot: draft for draft, follower in going}
+        slots, logits = self._forward([follower for _, follower in going])
+        extend([by_slot[slot] for slot in slots], logits)
+
+    def _forward(
+        self, followers: Sequence[Follower], trees: Mapping[int, TreeTokens] = MappingProxyType({})
+    ) -> tuple[list[int], Tensor]:
+        """A pass that brings what everyone is behind. Returns their slots, and in this order logits after the last token of each,
+        or after all of them where they are of `trees`."""
         began = time.perf_counter()
-        by_slot = {follower.slot: (draft, follower) for draft, follower in going}
-        counts = np.array([len(follower.behind) for _, follower in going])
-        starts = np.array([len(follower.seen) for _, follower in going])
+        by_slot = {one.slot: one for one in followers}
+        counts = np.array([len(one.behind) for one in followers])
+        starts = np.array([len(one.seen) for one in followers])
         served = self._served(counts)
-        rows = deepest_first(Rows(slots=np.array(list(by_slot)), starts=starts, num_tokens=counts, served=served))
+        rows = deepest_first(
+            Rows(slots=np.array(list(by_slot)), starts=starts, num_tokens=counts, served=served, trees=trees)
+        )
         self.cache.hold(rows.slots, rows.starts[:, None] + rows.served)
-        drafts, ordered = zip(*(by_slot[slot] for slot in rows.slots.tolist()), strict=True)
+        ordered = [by_slot[slot] for slot in rows.slots.tolist()]
         token_ids = self._known([token for one in ordered for token in one.behind])
-        logits = self.decoder(build_pass(rows, token_ids, np.ones(len(ordered), dtype=np.int64)), self.cache)
-        extend(drafts, logits)
+        num_logits = rows.num_tokens if trees else np.ones(len(ordered), dtype=np.int64)
+        logits = self.decoder(build_pass(rows, token_ids, num_logits), self.cache)
         for one in ordered:
             one.seen += one.behind
-        self._note(ordered, rows, heads=1)
-        work = pass_work(rows.served, rows.starts, rows.num_tokens, len(ordered))
+        self._note(ordered, rows, num_logits)
+        work = pass_work(rows.served, rows.starts, rows.num_tokens, len(logits))
         self.step_time.observe(work, time.perf_counter() - began)
+        return rows.slots.tolist(), logits
 
     def _served(self, counts: Ints) -> Ints:
         """[R, L]: every layer serves every token."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from shoal.models.passes import GivenStates, Ints, LayerWork, Pass, StateSums
+from shoal.engine.trees import TreeTokens
+from shoal.models.passes import GivenStates, Ints, LayerWork, Pass, StateSums, TreeMask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,13 +18,15 @@ class Rows:
     slots: Ints
     """[R] cache slot of each row."""
     starts: Ints
-    """[R] position of each row's first token."""
+    """[R] position where each row's first token is written."""
     num_tokens: Ints
     """[R] tokens that each row brings."""
     served: Ints
     """[R, L] how many of them (leading ones) each layer serves."""
     done: Ints | None = None
     """[R, L] how many of those have run the layer in an earlier pass, whose states they bring along; None for none at all."""
+    trees: Mapping[int, TreeTokens] = field(default_factory=dict)
+    """By slot, the rows whose tokens branch."""
 
     @property
     def ran(self) -> Ints:
@@ -43,6 +46,7 @@ def deepest_first(rows: Rows) -> Rows:
         num_tokens=rows.num_tokens[order],
         served=rows.served[order],
         done=None if rows.done is None else rows.done[order],
+        trees=rows.trees,
     )
 
 
@@ -70,13 +74,23 @@ def build_pass(
         if key not in works:
             works[key] = _layer_work(rows, served, done, first_tokens) if (served > done).any() else None
         layers.append(works[key])
+    positions = np.repeat(rows.starts - first_tokens, rows.num_tokens) + np.arange(ends[-1])
+    mask = None
+    if rows.trees:
+        below, among = positions + 1, np.zeros_like(positions)
+        for row, slot in enumerate(rows.slots.tolist()):
+            if tree := rows.trees.get(slot):
+                here = slice(first_tokens[row], ends[row])
+                positions[here], below[here], among[here] = tree.root + tree.depths, tree.root + 1, tree.lineages
+        mask = TreeMask(below=below, among=among)
     return Pass(
         token_ids=np.array(token_ids, dtype=np.int64),
-        positions=np.repeat(rows.starts - first_tokens, rows.num_tokens) + np.arange(ends[-1]),
+        positions=positions,
         layers=tuple(layers),
         logit_tokens=last_of_each(ends, num_logits),
         state_sums=state_sums,
         given=given,
+        trees=mask,
     )
 
 

@@ -9,6 +9,7 @@ allocated whole and blocks are a count.
 from __future__ import annotations
 
 import mmap
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -104,6 +105,20 @@ class KVCache:
         if gone.any():
             for row, layer in np.argwhere(gone).tolist():
                 self._hand_back(int(slots[row]), layer)
+
+    def move(self, slot: int, start: int, path: Sequence[int], num_written: NDArray[np.int64]) -> None:
+        """Bring what was written to `start + path[i]` to `start + i + 1`, in the layers where it was.
+
+        Args: `path`: rising, none below its place; `num_written` [L]: positions that the layer's last pass wrote from `start` on.
+        """
+        if not path or path[-1] == len(path):
+            return
+        moving = np.searchsorted(path, num_written).tolist()  # leading ones of the path
+        source = torch.tensor(path, device=self.device) + start
+        for layer, count in enumerate(moving):
+            to = slice(start + 1, start + 1 + count)
+            for tensor in (self.keys[layer], self.values[layer]):
+                tensor[slot, :, to] = tensor[slot, :, source[:count]]
 
     def release(self, slot: int, *, poisoned: bool = False) -> None:
         """End a slot's use. `poisoned`: its values may be NaN, which would leak through masked products, so wipe them."""

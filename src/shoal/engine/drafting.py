@@ -9,9 +9,12 @@
 Example: the last token is a, the draft is b c d. One pass consumes a b c d, and the plan's tokens after them are b c x y. So b and
 c are accepted, x is recovered, d is taken back, and y, which follows a wrong token, means nothing: b c x come out of one pass.
 
+A draft may branch (`trees.py`): then a path of it is accepted, and what is off the path is taken back.
+
 A token is accepted because it *is* what the request's sampling takes from the logits there, with the noise of its position, so that
 tokens are the same whatever is drafted. Only a draft that brings the distributions that it was drawn from is accepted otherwise, by
-their ratio to the plan's (Leviathan et al. 2023): then outputs are the same in distribution.
+their ratio to the plan's (Leviathan et al. 2023; siblings in a tree one after the other, Jeon et al. 2024): then outputs are the
+same in distribution.
 """
 
 from __future__ import annotations
@@ -33,6 +36,9 @@ if TYPE_CHECKING:
 Drafting = object | None
 """What users give as `draft=`: a name, a path or one of the classes in `shoal.draft`; None for no drafting."""
 
+DrawnTokens = tuple[Sequence[int], Tensor]
+"""Different tokens in the order in which they were drawn, and the distribution, float32 [V], that they were drawn from."""
+
 MAX_DRAFT_TOKENS = 32
 """Most tokens that a pass verifies for one request: it reserves cache for so many more positions."""
 
@@ -43,9 +49,13 @@ class Draft:
 
     tokens: tuple[int, ...]
     """1 to `MAX_DRAFT_TOKENS`."""
+    parents: tuple[int, ...] | None = None
+    """Where the draft branches: which token of the pass each one follows, 0 for the last committed one, i + 1 for drafted token i,
+    breadth first (`trees.py`); siblings are different tokens. None for a chain, which is 0, 1, 2, ..."""
     distributions: tuple[Tensor, ...] = ()
-    """Where tokens were drawn and are to be accepted with probability min(1, p/q): q of each, float32 [V] and normalised. Outputs
-    then depend on the draft, though not their distribution."""
+    """Where tokens were drawn and are to be accepted with probability min(1, p/q): q after each leading token of the pass that one
+    follows, float32 [V] and normalised; siblings were drawn from it without replacement, in their order. Outputs then depend on the
+    draft, though not their distribution."""
     states: Tensor | None = None
     """float32 [n, d]: states of the first n tokens of the pass (the last committed one, then drafted ones) after the layers in
     `done`, which need not run them again; None where there are none."""
@@ -53,19 +63,46 @@ class Draft:
     """[L] how many leading tokens of the pass are past each layer: it ran for them with the states that the plan gives them, or the
     plan skips it there."""
 
+    def children(self, token: int) -> Sequence[int]:
+        """Which tokens of the pass follow its token number `token`."""
+        if self.parents is None:
+            return range(token + 1, min(token + 2, len(self.tokens) + 1))
+        return [child for child, parent in enumerate(self.parents, start=1) if parent == token]
+
+    def child(self, token: int, token_id: int) -> int | None:
+        """Which of them is this token id, if any."""
+        return next((child for child in self.children(token) if self.tokens[child - 1] == token_id), None)
+
+    def proposal(self, token: int) -> DrawnTokens | None:
+        """What was drawn to follow token number `token` of the pass; None where nothing was."""
+        children = self.children(token)
+        if not children or token >= len(self.distributions):
+            return None
+        return [self.tokens[child - 1] for child in children], self.distributions[token]
+
+    def path(self, token_ids: Sequence[int]) -> list[int]:
+        """The tokens of the pass that were accepted if it emitted `token_ids`: b c d and b c x make 1 2."""
+        path: list[int] = []
+        for token_id in token_ids:
+            child = self.child(path[-1] if path else 0, token_id)
+            if child is None:
+                break
+            path.append(child)
+        return path
+
 
 @dataclass(kw_only=True)
 class DraftStats:
     """What drafting did for one request, or for all of an engine. Adds up."""
 
     drafted: int = 0
-    """Tokens that passes verified."""
+    """Tokens that passes verified, all of a tree's."""
     accepted: int = 0
     """Those that were the plan's own."""
     recovered: int = 0
     """Passes in which one was not: the plan's token took its place."""
     bonus: int = 0
-    """Passes in which all were: the plan's token followed."""
+    """Passes in which all were, in a tree up to a leaf: the plan's token followed."""
     passes: int = 0
     """Decode passes with a draft."""
     passes_without: int = 0
@@ -88,16 +125,17 @@ class DraftStats:
         """Share of drafted tokens that were accepted; None where none were drafted."""
         return self.accepted / self.drafted if self.drafted else None
 
-    def note(self, draft: Sequence[int], token_ids: Sequence[int], off: str | None) -> None:
+    def note(self, draft: Draft | None, token_ids: Sequence[int], off: str | None) -> None:
         """Add one decode pass that had a draft and emitted `token_ids`; `off` says why it had none."""
         if draft:
-            num_accepted = num_matching(draft, token_ids)
-            self.drafted += len(draft)
-            self.accepted += num_accepted
+            path = draft.path(token_ids)
+            self.drafted += len(draft.tokens)
+            self.accepted += len(path)
             self.passes += 1
-            if num_accepted < len(token_ids):  # otherwise the request ended within the draft
-                self.bonus += num_accepted == len(draft)
-                self.recovered += num_accepted < len(draft)
+            if len(path) < len(token_ids):  # otherwise the request ended within the draft
+                whole = not draft.children(path[-1] if path else 0)
+                self.bonus += whole
+                self.recovered += not whole
             return
         self.passes_without += 1
         if off is not None:

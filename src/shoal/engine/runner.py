@@ -37,8 +37,10 @@ from shoal.engine.sampler import Sampled, verify
 from shoal.engine.scheduler import Scheduler
 from shoal.engine.slots import SlotTable, future_blocks
 from shoal.engine.tally import Tally
+from shoal.engine.trees import TreeTokens
 from shoal.errors import RequestFailed
 from shoal.models.executor import Executor
+from shoal.models.passes import Ints
 
 
 class Runner:
@@ -96,14 +98,15 @@ class Runner:
         if kept is not num_logits:
             logits = score_prompts(logits, spans, kept.tolist())
         emitting = np.flatnonzero(emits).tolist()
-        coupled = {i: draft.distributions for i, row in enumerate(emitting) if (draft := drafted[row]) is not None}
-        sampled = verify(logits, [requests[row] for row in emitting], [proposed[row] for row in emitting], coupled)
+        sampled = verify(logits, [requests[row] for row in emitting], [drafted[row] for row in emitting])
 
         decodes = self.slots.decodes(rows)
         committed = rows.num_tokens
         if drafts:
             committed = committed.copy()
             committed[emitting] -= num_logits[emitting] - [len(ones) for ones in sampled]
+            if rows.trees:
+                self._keep_paths(rows, emitting, drafted, sampled)
         # From here on the pass counts: whatever interrupts what is above, it can be run again.
         self.slots.record(rows, committed)
         if watched:
@@ -172,21 +175,45 @@ class Runner:
         """The rows of a pass that computes `tokens` per slot, and verifies `drafts`."""
         slots = np.fromiter(tokens.keys(), dtype=np.int64)
         num_tokens = np.fromiter(tokens.values(), dtype=np.int64)
-        done = None
+        done: Ints | None = None
+        trees: dict[int, TreeTokens] = {}
         if drafts:
             drafted = [drafts.get(slot) for slot in tokens]
             num_tokens += [len(draft.tokens) if draft else 0 for draft in drafted]
             done = stack_done(drafted, self.shape.num_layers)
+            trees = {
+                slot: TreeTokens.of(int(self.slots.num_computed[slot]), draft.parents)
+                for slot, draft in drafts.items()
+                if draft.parents
+            }
         starts = self.slots.num_computed[slots]
         served = self.slots.served(slots, num_tokens)
+        for row, slot in enumerate(slots.tolist() if trees else ()):
+            if slot in trees:  # a layer serves the clocks that it serves, each with all of its tokens
+                served[row] = trees[slot].leading(served[row])
         if done is not None:
             done = np.minimum(done, served)  # a layer that has retired by then is not done, it is skipped
-        return deepest_first(Rows(slots=slots, starts=starts, num_tokens=num_tokens, served=served, done=done))
+        return deepest_first(
+            Rows(slots=slots, starts=starts, num_tokens=num_tokens, served=served, done=done, trees=trees)
+        )
 
     def _hold(self, rows: Rows) -> None:
         """Blocks for all that a pass over `rows` will write."""
         self.cache.hold(rows.slots, np.where(rows.served > 0, rows.starts[:, None] + rows.served, 0))
         self.tally.note_blocks(self.cache.bytes_in_use)
+
+    def _keep_paths(
+        self,
+        rows: Rows,
+        emitting: Sequence[int],
+        drafted: Sequence[Draft | None],
+        sampled: Sequence[Sequence[Sampled | RequestFailed]],
+    ) -> None:
+        """Bring the keys and values of accepted paths through trees to where a chain would have written them."""
+        for row, ones in zip(emitting, sampled, strict=True):
+            if (draft := drafted[row]) and draft.parents:
+                path = draft.path([one.token for one in ones if isinstance(one, Sampled)])
+                self.cache.move(int(rows.slots[row]), int(rows.starts[row]), path, rows.served[row])
 
     def _note_draft(self, request: Request, draft: Draft | None, sampled: Sequence[Sampled | RequestFailed]) -> None:
         """Count what became of a draft, or that there was none."""
@@ -194,7 +221,7 @@ class Runner:
         off = None if draft else self.drafter.why_not(request)
         token_ids = [one.token for one in sampled if isinstance(one, Sampled)]
         for stats in (request.draft_stats, self.tally.drafting):
-            stats.note(draft.tokens if draft else (), token_ids, off)
+            stats.note(draft, token_ids, off)
         self.drafter.committed(request, draft, token_ids)
 
     def _route(self, request: Request, sampled: Sampled | RequestFailed) -> Sampled | RequestFailed:

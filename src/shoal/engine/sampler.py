@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from shoal.engine.drafting import Draft, DrawnTokens
 from shoal.engine.request import Request, TokenLogprobs
 from shoal.engine.sampling import Sampling, uniform_noise
 from shoal.errors import RequestFailed
@@ -36,45 +36,40 @@ def sample(logits: Tensor, requests: Sequence[Request]) -> list[Sampled | Reques
 
     Args: logits [R, V] in the model's dtype, one row per request.
     """
-    return [one for (one,) in verify(logits, requests, [()] * len(requests))]
+    return [one for (one,) in verify(logits, requests, [None] * len(requests))]
 
 
 def verify(
-    logits: Tensor,
-    requests: Sequence[Request],
-    drafts: Sequence[Sequence[int]],
-    proposals: Mapping[int, Sequence[Tensor]] = MappingProxyType({}),
+    logits: Tensor, requests: Sequence[Request], drafts: Sequence[Draft | None]
 ) -> list[list[Sampled | RequestFailed]]:
     """The next tokens of each request: those of its draft that it would have chosen itself, and one more. Changes nothing.
 
-    Ends with the first token that differs from the draft (recovered), that ends the request, or that cannot be chosen.
+    Ends with the first token that no drafted one is (recovered), that ends the request, or that cannot be chosen.
 
-    Args: logits [rows, V] in the model's dtype, per request one row after its last token and one after each drafted token;
-    `proposals`: by index of a request, where its draft is to be accepted by coupled distributions, those that its tokens were drawn
-    from, each float32 [V] and normalised.
+    Args: logits [rows, V] in the model's dtype, per request one row after its last token and one after each drafted token.
     """
     best, finite = greedy(logits)
     tokens: list[list[Sampled | RequestFailed]] = []
-    row = 0
-    for index, (request, draft) in enumerate(zip(requests, drafts, strict=True)):
-        coupled = proposals.get(index, ())
+    first = 0
+    for request, draft in zip(requests, drafts, strict=True):
         taken: list[Sampled | RequestFailed] = []
+        ahead: list[int] = []
         text = copy.copy(request.text) if draft and request.text.stop else None
-        for num_ahead in range(len(draft) + 1):
-            at = row + num_ahead
-            proposal = (draft[num_ahead], coupled[num_ahead]) if num_ahead < len(coupled) else None
-            one = next_token(logits[at], best[at], finite[at], request, draft[:num_ahead], proposal)
+        at: int | None = 0
+        while at is not None:
+            row, proposal = first + at, draft.proposal(at) if draft else None
+            one = next_token(logits[row], best[row], finite[row], request, ahead, proposal)
             taken.append(one)
-            if isinstance(one, RequestFailed) or one.token in request.stop_token_ids:
-                break
-            if num_ahead == len(draft) or one.token != draft[num_ahead]:
+            if draft is None or isinstance(one, RequestFailed) or one.token in request.stop_token_ids:
                 break
             if text:  # a stop string may end in the middle of the draft
                 text.push([one.token])
                 if text.stopped:
                     break
+            ahead.append(one.token)
+            at = draft.child(at, one.token)
         tokens.append(taken)
-        row += len(draft) + 1
+        first += 1 + (len(draft.tokens) if draft else 0)
     return tokens
 
 
@@ -84,11 +79,11 @@ def next_token(
     finite: bool,
     request: Request,
     ahead: Sequence[int],
-    proposal: tuple[int, Tensor] | None,
+    proposal: DrawnTokens | None,
 ) -> Sampled | RequestFailed:
     """What the request emits after its output and the accepted tokens `ahead`, from logits [V].
 
-    Args: `proposal`: a drafted token and the distribution that it was drawn from, to be accepted by coupling.
+    Args: `proposal`: drafted tokens and the distribution that they were drawn from, to be accepted by coupling.
     """
     if not finite:
         where = f"prompt {request.index}, after {len(request.output) + len(ahead)} new tokens"
@@ -115,9 +110,7 @@ def greedy(logits: Tensor) -> tuple[list[int], list[bool]]:
     return indices.tolist(), largest.isfinite().tolist()
 
 
-def choose(
-    logits: Tensor, request: Request, ahead: Sequence[int] = (), proposal: tuple[int, Tensor] | None = None
-) -> int:
+def choose(logits: Tensor, request: Request, ahead: Sequence[int] = (), proposal: DrawnTokens | None = None) -> int:
     """One token from float32 logits [V]: penalties, bias, the user's processor, temperature, top-k, top-p, min-p, the draw.
 
     Args: `ahead`: accepted tokens that are not in the request's output yet; `proposal`: see `next_token`.
@@ -135,8 +128,11 @@ def choose(
     noise = uniform_noise(sampling.seed, request.sample, len(output))
     if proposal is None:
         return draw(probabilities, noise)
-    coin = uniform_noise(sampling.seed ^ COIN, request.sample, len(output))
-    return couple(probabilities / probabilities.sum(), *proposal, coin=coin, noise=noise)
+    coins = [
+        uniform_noise(sampling.seed ^ COIN, request.sample, sibling_draw(len(output), sibling))
+        for sibling in range(len(proposal[0]))
+    ]
+    return couple(probabilities / probabilities.sum(), *proposal, coins=coins, noise=noise)
 
 
 def distribution(logits: Tensor, sampling: Sampling) -> Tensor:
@@ -160,16 +156,39 @@ def draw(probabilities: Tensor, noise: float) -> int:
     return int(torch.searchsorted(cumulative, noise * cumulative[-1:], right=True).clamp(max=len(probabilities) - 1))
 
 
-def couple(p: Tensor, drafted: int, q: Tensor, *, coin: float, noise: float) -> int:
-    """A token distributed as `p` [V], given one drawn from `q` [V]: that one with probability min(1, p/q), otherwise one of what p
-    has more than q (Leviathan et al. 2023, section 2.3). `coin` and `noise`, in [0, 1), are independent of the draw from q.
+def couple(p: Tensor, drafted: Sequence[int], q: Tensor, *, coins: Sequence[float], noise: float) -> int:
+    """A token distributed as `p` [V], given some drawn from `q` [V] without replacement: recursive rejection (Jeon et al. 2024,
+    arXiv 2402.14160), which for one token is section 2.3 of Leviathan et al. 2023.
+
+    Each drafted token in turn is kept with probability min(1, p/q). Where it is not, p becomes what it has more than q, and q loses
+    the token; where none is, a token is drawn from what is left of p. `coins`, one per drafted token, and `noise`, in [0, 1), are
+    independent of the draws from q.
 
     Example: p = (0.5, 0.5), q = (1, 0): token 0 was drafted, is kept half of the time, and replaced by token 1 otherwise.
     """
-    if coin * float(q[drafted]) < float(p[drafted]):
-        return drafted
-    more = (p - F.pad(q, (0, len(p) - len(q)))).clamp(min=0)  # a smaller model's vocabulary may be filled up less
-    return draw(more if float(more.sum()) > 0 else p, noise)
+    q = F.pad(q, (0, len(p) - len(q)))  # a smaller model's vocabulary may be filled up less
+    for token, coin in zip(drafted, coins, strict=True):
+        if coin * float(q[token]) < float(p[token]):
+            return token
+        more = (p - q).clamp(min=0)
+        total = float(more.sum())
+        if total > 0:  # otherwise p is q, and only rounding has rejected
+            p = more / total
+        q = without(q, token)
+    return draw(p, noise)
+
+
+def without(q: Tensor, token: int) -> Tensor:
+    """The distribution `q` [V] of a token that is not `token`; zeros where there is no other."""
+    rest = q.clone()
+    rest[token] = 0
+    return rest / rest.sum().clamp(min=torch.finfo(q.dtype).tiny)
+
+
+def sibling_draw(position: int, sibling: int) -> int:
+    """The word of `uniform_noise` for one of several draws at a position, in the place of the position; the first draw's is the
+    position itself."""
+    return position + (sibling << 32)
 
 
 def adjust(logits: Tensor, request: Request, output: list[int]) -> Tensor:

@@ -84,10 +84,11 @@ class SlotTable:
         return served
 
     def record(self, rows: Rows, committed: Ints) -> None:
-        """Note that a pass ran these rows, and that the first `committed` [R] tokens of each stay: the others are taken back."""
+        """Note that a pass ran these rows, and that `committed` [R] tokens of each stay, the first ones or a path: the others are
+        taken back."""
         decode = self.decodes(rows).astype(np.int64)
         whole = committed is rows.num_tokens  # as in every pass without drafts
-        kept = rows.served if whole else np.minimum(rows.served, committed[:, None])
+        kept = rows.served if whole else self.served(rows.slots, committed)
         layer_tokens, layer_pairs = kept.sum(axis=1), pairs(rows.starts, kept)
         self.layer_tokens[rows.slots, decode] += layer_tokens
         self.layer_pairs[rows.slots, decode] += layer_pairs
@@ -97,14 +98,14 @@ class SlotTable:
         # What a draft's own pass has done already was noted there: this takes away what of it belongs to the plan.
         self.layer_tokens[rows.slots, 2] += rows.ran.sum(axis=1) - layer_tokens
         done_pairs = 0 if rows.done is None else pairs(rows.starts, rows.done)
-        self.layer_pairs[rows.slots, 2] += pairs(rows.starts, rows.served) - done_pairs - layer_pairs
+        self.layer_pairs[rows.slots, 2] += served_pairs(rows) - done_pairs - layer_pairs
         self.draft_heads[rows.slots] += rows.num_tokens - committed
 
     def record_draft(self, rows: Rows) -> None:
-        """Note that a pass ran these rows to draft for them, one token each with its logits; nothing is committed."""
+        """Note that a pass ran these rows to draft for them, with the logits of every token; nothing is committed."""
         self.layer_tokens[rows.slots, 2] += rows.served.sum(axis=1)
-        self.layer_pairs[rows.slots, 2] += pairs(rows.starts, rows.served)
-        self.draft_heads[rows.slots] += 1
+        self.layer_pairs[rows.slots, 2] += served_pairs(rows)
+        self.draft_heads[rows.slots] += rows.num_tokens
 
     def decodes(self, rows: Rows) -> NDArray[np.bool_]:
         """[R]: whether a row consumes generated tokens rather than its prompt; asked before the pass is recorded."""
@@ -142,6 +143,15 @@ def pairs(starts: Ints, num_tokens: Ints) -> Ints:
     """[R] (query, key) pairs, summed over layers, of the leading `num_tokens` [R, L] of rows that begin at `starts` [R]."""
     among_new = num_tokens * (num_tokens + 1) // 2  # token t of the new ones sees t of them
     total: Ints = (num_tokens * starts[:, None] + among_new).sum(axis=1)
+    return total
+
+
+def served_pairs(rows: Rows) -> Ints:
+    """[R] (query, key) pairs of all that the layers serve."""
+    total = pairs(rows.starts, rows.served)
+    for row, slot in enumerate(rows.slots.tolist() if rows.trees else ()):
+        if tree := rows.trees.get(slot):
+            total[row] = tree.pairs(rows.served[row])
     return total
 
 

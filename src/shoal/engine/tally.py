@@ -54,8 +54,8 @@ class Tally:
             self._count()
 
     def note_draft(self, rows: Rows, seconds: float) -> None:
-        """A pass has drafted for these rows, with the logits of each."""
-        self._noted.append((rows, None, len(rows.slots), seconds))
+        """A pass has drafted for these rows, with the logits of every token."""
+        self._noted.append((rows, None, int(rows.num_tokens.sum()), seconds))
         if len(self._noted) == TOGETHER:
             self._count()
 

@@ -187,10 +187,11 @@ class Decoder:
     def attention(self, work: Pass, cache: LayerCaches) -> Callable[[int], Attend]:
         """Each layer's attention: by the kernel where there is one and every row brings one token, else by PyTorch."""
         distinct = {id(active): active for active in work.layers if active is not None}
-        if self.native_attention and all(active.num_tokens == len(active.spans) for active in distinct.values()):
+        one_each = work.trees is None and all(active.num_tokens == len(active.spans) for active in distinct.values())
+        if self.native_attention and one_each:
             return self.native_attention.begin(work, cache)
 
-        layouts = {key: lay_out(active, cache.keys[0]) for key, active in distinct.items()}
+        layouts = {key: lay_out(active, cache.keys[0], work.trees) for key, active in distinct.items()}
         cos_sin = self.rotary(on(self.device, work.positions), self.dtype) if self.rotary else None
 
         def of_layer(index: int) -> Attend:

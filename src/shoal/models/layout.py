@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from shoal.models.passes import Ints, LayerWork
+from shoal.models.passes import Ints, LayerWork, TreeMask
 
 
 @dataclass(frozen=True)
@@ -44,15 +44,15 @@ class Layout:
     slots: Tensor
     """int64 [A], cache slot of each active token."""
     positions: Tensor
-    """int64 [A], position of each active token in its sequence."""
+    """int64 [A], where each active token is written in its slot."""
     slot_order: Tensor | None
     """int64 [A], the active tokens in the order of their slots, so that runs are as long as can be; None where they stand so."""
     runs: tuple[Run, ...]
     """Attention calls, covering the active tokens in slot order."""
 
 
-def lay_out(work: LayerWork, keys: Tensor) -> Layout:
-    """The layout of `work` over a layer's cache `keys` [slots, H_kv, S, D]."""
+def lay_out(work: LayerWork, keys: Tensor, trees: TreeMask | None = None) -> Layout:
+    """The layout of `work` over a layer's cache `keys` [slots, H_kv, S, D]; `trees` as in `Pass`."""
     device = keys.device
     firsts, counts, slots, starts = work.spans.T
     offsets = np.arange(work.num_tokens) - np.repeat(firsts, counts)
@@ -60,13 +60,16 @@ def lay_out(work: LayerWork, keys: Tensor) -> Layout:
     slot_order = None
     if (np.diff(by_slot) < 0).any():
         slot_order = np.concatenate([np.arange(firsts[row], firsts[row] + counts[row]) for row in by_slot])
+    tokens = np.arange(work.num_tokens) if work.select is None else work.select
+    if slot_order is not None:
+        tokens = tokens[slot_order]
     return Layout(
         num_tokens=work.num_tokens,
         select=None if work.select is None else on(device, work.select),
         slots=on(device, np.repeat(slots, counts)),
         positions=on(device, np.repeat(starts, counts) + offsets),
         slot_order=None if slot_order is None else on(device, slot_order),
-        runs=tuple(_runs(work.spans[by_slot], keys)),
+        runs=tuple(_runs(work.spans[by_slot], keys, trees, tokens)),
     )
 
 
@@ -86,8 +89,11 @@ def on(device: torch.device, array: Ints) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(array)).to(device)
 
 
-def _runs(spans: Ints, keys: Tensor) -> list[Run]:
-    """Group rows, given in slot order, that are neighbours in the cache and bring equally many tokens."""
+def _runs(spans: Ints, keys: Tensor, trees: TreeMask | None, tokens: Ints) -> list[Run]:
+    """Group rows, given in slot order, that are neighbours in the cache and bring equally many tokens.
+
+    Args: `tokens` [A]: indices of the rows' tokens in the pass.
+    """
     runs = []
     token = 0
     _, counts, slots, starts = spans.T
@@ -98,7 +104,11 @@ def _runs(spans: Ints, keys: Tensor) -> list[Run]:
         causal = tokens_per_row > 1 and not starts[group].any()
         if tokens_per_row == 1:
             num_keys = num_keys_to_read(num_keys, keys)
-        hidden = _hidden(starts[group], tokens_per_row, num_keys)
+        last = token + len(group) * tokens_per_row
+        if trees is None:
+            hidden = _hidden(starts[group], tokens_per_row, num_keys)
+        else:
+            hidden = trees.hidden(tokens[token:last].reshape(len(group), 1, tokens_per_row), num_keys)
         runs.append(
             Run(
                 first_token=token,
@@ -110,7 +120,7 @@ def _runs(spans: Ints, keys: Tensor) -> list[Run]:
                 causal=causal,
             )
         )
-        token += len(group) * tokens_per_row
+        token = last
     return runs
 
 

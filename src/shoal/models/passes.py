@@ -81,13 +81,34 @@ class GivenStates:
 
 
 @dataclass(frozen=True, eq=False)
+class TreeMask:
+    """What tokens see in a pass whose rows bring trees: siblings are written behind each other, and do not see each other.
+
+    Example: positions 0 to 4 are cached, the row brings tokens for 5, 6 and 7, and the last of them follows the first, not the
+    second. It stands at position 6, is written to 7, and sees all below 5, then 5 and 7: below 5, among 0b101.
+    """
+
+    below: Ints
+    """[N], each token sees every position of its slot below this one."""
+    among: Ints
+    """[N], and from there on those whose bit is set: bit b is position `below + b`. 0 for tokens of no tree."""
+
+    def hidden(self, tokens: Ints, num_keys: int) -> NDArray[np.bool_]:
+        """[..., num_keys], which positions the tokens with indices [...] do not see."""
+        ahead = np.arange(num_keys) - self.below[tokens][..., None]
+        bits = self.among[tokens][..., None] >> np.clip(ahead, 0, 63)  # bit 63, the sign, is never set
+        hidden: NDArray[np.bool_] = (ahead >= 0) & (bits & 1 == 0)
+        return hidden
+
+
+@dataclass(frozen=True, eq=False)
 class Pass:
     """Input of one forward pass."""
 
     token_ids: Ints
     """[N]."""
     positions: Ints
-    """[N]."""
+    """[N], of each token in its text. Where it is written says its span; the two differ in trees only."""
     layers: tuple[LayerWork | None, ...]
     """One per decoder layer; None where no token runs it."""
     logit_tokens: Ints
@@ -96,3 +117,5 @@ class Pass:
     """Whose states to add up, if anybody's."""
     given: GivenStates | None = None
     """Who does not begin at the bottom, if anybody."""
+    trees: TreeMask | None = None
+    """What tokens see, where a row brings a tree; without one a token sees all positions up to its own."""

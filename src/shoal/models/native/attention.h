@@ -23,6 +23,9 @@ typedef struct {
     const void *qkv;               // [active tokens, (num_heads + 2 num_kv_heads) head_dim]
     void *out;                     // [active tokens, num_heads head_dim]
     int64_t kind;                  // Kind of qkv and out
+    // [tokens of the pass] each, or null without trees: a token sees the keys below `below`, and from there on those whose bit is set
+    // in `among`; null: all up to its own.
+    const int64_t *below, *among;
 } Attention;
 
 enum { QUERIES = 4 };  // queries that share what is read of keys and values
@@ -100,13 +103,30 @@ INLINE void mix(const int num_queries, const int num_vectors, const Kind kind, c
     }
 }
 
-// Queries that share one head's keys: `limits[q]` keys are seen by query q, `num_keys` is the most.
+// Scores of the keys that a tree's token sees, next to each other, so that they are summed as in a chain. Returns how many they are.
+INLINE int64_t gather(float *scores, int64_t below, uint64_t among) {
+    for (int64_t s = below; among; s++, among >>= 1)
+        if (among & 1) scores[below++] = scores[s];
+    return below;
+}
+
+// The reverse, below `width`; other keys weigh 0.
+INLINE void scatter(float *weights, int64_t below, uint64_t among, int64_t width) {
+    int64_t from = below + __builtin_popcountll(among);
+    for (int64_t s = width - 1; s >= below; s--) weights[s] = s - below < 64 && among >> (s - below) & 1 ? weights[--from] : 0.0f;
+}
+
+// Queries that share one head's keys: the first `limits[q]` are seen by query q, and those in `among[q]`; `num_keys` is the most.
 INLINE void look(const int num_queries, const Kind kind, const Heads *h, const Attention *a, const float *queries, const void *keys,
-                 const void *values, const int64_t *limits, int64_t num_keys, const int64_t *to, float *scores) {
+                 const void *values, const int64_t *limits, const uint64_t *among, int64_t num_keys, const int64_t *to, float *scores) {
     const int64_t dim = h->head_dim, width = (num_keys + 7) / 8 * 8;
     float scale[QUERIES];
     score(num_queries, kind, queries, keys, dim, num_keys, scores, width);
-    for (int q = 0; q < num_queries; q++) scale[q] = softmax(scores + q * width, limits[q], width);
+    for (int q = 0; q < num_queries; q++) {
+        float *weights = scores + q * width;
+        scale[q] = softmax(weights, among[q] ? gather(weights, limits[q], among[q]) : limits[q], width);
+        if (among[q]) scatter(weights, limits[q], among[q], width);
+    }
     for (int64_t column = 0; column < dim;) {
         f8 sums[QUERIES][8];
         enum { WIDE = 8 };
@@ -139,16 +159,20 @@ INLINE void attend(const Kind kind, const Heads *h, const Attention *a, const Wo
         const int64_t left = count * group - next;
         const int num_queries = left >= 4 ? 4 : left >= 2 ? 2 : 1;
         int64_t limits[QUERIES], to[QUERIES], most = 0;
+        uint64_t among[QUERIES];
         for (int q = 0; q < num_queries; q++, next++) {
             const int64_t token = next / group, index = kv_head * group + next % group;
             head(h, a, work, first + token, index, a->q_norm, queries + q * dim);
             for (int64_t d = 0; d < dim; d++) queries[q * dim + d] *= scale;
-            most = limits[q] = start + token + 1;
+            const int64_t row = work->tokens ? work->tokens[first + token] : first + token;
+            most = start + token + 1;
+            limits[q] = a->below ? a->below[row] : most;
+            among[q] = a->among ? a->among[row] : 0;
             to[q] = ((first + token) * h->num_heads + index) * dim;
         }
-        if (num_queries == 4) look(4, kind, h, a, queries, keys, values, limits, most, to, scores);
-        else if (num_queries == 2) look(2, kind, h, a, queries, keys, values, limits, most, to, scores);
-        else look(1, kind, h, a, queries, keys, values, limits, most, to, scores);
+        if (num_queries == 4) look(4, kind, h, a, queries, keys, values, limits, among, most, to, scores);
+        else if (num_queries == 2) look(2, kind, h, a, queries, keys, values, limits, among, most, to, scores);
+        else look(1, kind, h, a, queries, keys, values, limits, among, most, to, scores);
     }
 }
 

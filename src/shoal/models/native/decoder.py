@@ -85,6 +85,9 @@ class NativeDecoder:
             given[work.given.tokens] = np.arange(len(work.given.tokens))
         one.given = given.ctypes.data if given is not None else None
         one.states = work.given.states.data_ptr() if work.given else None
+        one.below, one.among = (
+            (work.trees.below.ctypes.data, work.trees.among.ctypes.data) if work.trees else (None, None)
+        )
         self.library.run_pass(self.model, one)
         logits = self._buffers["logits"][:num_logits]
         if len(work.token_ids) > KEPT_TOKENS:

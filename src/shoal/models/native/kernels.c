@@ -54,6 +54,7 @@ typedef struct {
     float *sums;                     // [layers + 1, num_groups, hidden]
     const int64_t *given;            // [tokens] which of `states` a token brings instead of its embedding, -1 for none; or null
     const float *states;             // [given, hidden]
+    const int64_t *below, *among;    // as in Attention, or null
 } Pass;
 
 typedef struct {
@@ -149,7 +150,7 @@ static void run_layer(Team *team, const Model *m, Layer *layer, const Pass *p, c
     multiply(team, &layer->qkv, p->normed, n, &(Into){.out = p->qkv, .stride = layer->qkv.out});
     const Attention attention = {
         .keys = keys, .values = values, .capacity = p->capacity, .q_norm = layer->q_norm, .k_norm = layer->k_norm,
-        .cos = p->cos, .sin = p->sin, .qkv = p->qkv, .out = p->attended, .kind = FLOAT32,
+        .cos = p->cos, .sin = p->sin, .qkv = p->qkv, .out = p->attended, .kind = FLOAT32, .below = p->below, .among = p->among,
     };
     attend_all(team, &m->heads, &attention, work, p->scratch);
     multiply(team, &layer->out, p->attended, n, &residual);

@@ -124,6 +124,8 @@ class Attention(Structure):
         ("qkv", c_void_p),
         ("out", c_void_p),
         ("kind", c_int64),
+        ("below", c_void_p),
+        ("among", c_void_p),
     )
 
 
@@ -155,6 +157,8 @@ class Pass(Structure):
         ("sums", c_void_p),
         ("given", c_void_p),
         ("states", c_void_p),
+        ("below", c_void_p),
+        ("among", c_void_p),
     )
 
 
