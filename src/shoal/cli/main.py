@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 from shoal import __version__
 from shoal.cli.convert import convert
 from shoal.cli.defer import defer
+from shoal.cli.draft_plan import draft_plan
 from shoal.cli.frontier import frontier
 from shoal.cli.generate import generate
 from shoal.cli.info import info
@@ -64,7 +65,21 @@ def main(
     """What stands before a command."""
 
 
-for command in (generate, plan, info, convert, tune, voids, frontier, route, suits, defer, report, reproduce):
+for command in (
+    generate,
+    plan,
+    info,
+    convert,
+    tune,
+    voids,
+    frontier,
+    route,
+    suits,
+    defer,
+    draft_plan,
+    report,
+    reproduce,
+):
     app.command()(command)
 
 
