@@ -2,8 +2,8 @@
 
 Thresholds in bits mean something else for every pair of models, so they are taken from the small model's own texts: where it
 writes alone, a share s of its tokens (20%, 40%, ...) has a mean entropy above threshold t(s). What the large model writes from
-there on has other entropies, so the share of tokens that it does write is another, and measured. The ends are exact: at 0% the small
-model writes everything, at 100% the large one everything but the first token.
+there on has other entropies, so the share of tokens that it does write is another, and measured. The ends are exact: at 0% the
+small model writes everything, at 100% the large one everything but the first token.
 """
 
 from __future__ import annotations
