@@ -147,3 +147,17 @@ def test_tokens_change_at_ties_only(family: str, temperature: float, tmp_path: P
             f"{max(distances, default=0):.2f} of the limit (2 E = {2 * errors.logit:.3f}, 2 D = {2 * errors.cumulative:.4f}, "
             f"relative error {errors.relative:.4f})"
         )
+
+
+def test_what_is_no_tie() -> None:
+    """Logits 0.1 apart are a tie for E = 0.06 and none for 0.04. Of four equal tokens, noise 0.26 takes token 1, and lies 0.01 beyond
+    the end of token 0: with that one it is a tie for D = 0.006 and none for 0.004. Token 2 begins far away, at 0.5."""
+    logits = torch.tensor([1.0, 1.1, -5.0, -5.0])
+    for error, tie in ((0.06, True), (0.04, False)):
+        errors = Errors(exact=[], logit=error, cumulative=0.0, relative=0.0)
+        assert (distance(logits, 0, 1, Sampling(), 0, errors) <= 1) == tie
+    seed = next(seed for seed in range(10**6) if abs(uniform_noise(seed, 0, 5) - 0.26) < 1e-4)
+    sampling = Sampling(temperature=1, seed=seed)
+    for error, other, tie in ((0.006, 0, True), (0.004, 0, False), (0.006, 2, False)):
+        errors = Errors(exact=[], logit=0.0, cumulative=error, relative=0.0)
+        assert (distance(torch.zeros(4), 1, other, sampling, 5, errors) <= 1) == tie

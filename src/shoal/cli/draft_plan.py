@@ -86,9 +86,12 @@ def draft_plan(
 
             result = search.run(out, report=show)
     except KeyboardInterrupt:
-        console.print(
-            f"Interrupted: {out} has the best plan so far; the same command with --resume goes on.", soft_wrap=True
+        kept = (
+            f"{out} has the best plan so far; the same command with --resume goes on"
+            if out.is_file()
+            else "nothing was kept"
         )
+        console.print(f"Interrupted: {kept}.", soft_wrap=True, highlight=False)
         raise typer.Exit(130) from None
     to_read = Console()
     to_read.print(promises_table(result))
