@@ -150,8 +150,8 @@ def test_tokens_change_at_ties_only(family: str, temperature: float, tmp_path: P
 
 
 def test_what_is_no_tie() -> None:
-    """Logits 0.1 apart are a tie for E = 0.06 and none for 0.04. Of four equal tokens, noise 0.26 takes token 1, and lies 0.01 beyond
-    the end of token 0: with that one it is a tie for D = 0.006 and none for 0.004. Token 2 begins far away, at 0.5."""
+    """Logits 0.1 apart are a tie for E = 0.06 and none for 0.04. Of four equal tokens, noise 0.26 takes token 1, and lies 0.01
+    beyond the end of token 0: with that one it is a tie for D = 0.006 and none for 0.004. Token 2 begins far away, at 0.5."""
     logits = torch.tensor([1.0, 1.1, -5.0, -5.0])
     for error, tie in ((0.06, True), (0.04, False)):
         errors = Errors(exact=[], logit=error, cumulative=0.0, relative=0.0)
