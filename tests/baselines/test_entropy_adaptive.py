@@ -11,6 +11,7 @@ import torch
 from families import save, tiny_model
 from shoal import Engine, Sampling
 from shoal.baselines.entropy_adaptive import AdaptiveConfig, Reader, adaptive_decode, entropy_bits
+from shoal.engine.text import TextStream
 from shoal.errors import InvalidInput
 from shoal.models.checkpoint import load_checkpoint
 from shoal.models.executor import Executor, make_decoder
@@ -70,6 +71,20 @@ def test_caught_up_is_as_read(models: list[tuple[Path, Executor]], window: int, 
             recent = got.entropies[max(0, at + 1 - window) : at + 1]
             wanted = sum(recent) / len(recent) > middle
             assert got.by_large[at + 1] == (wanted if held >= hold else by_large)
+
+
+def test_a_stop_string_ends_the_text(models: list[tuple[Path, Executor]]) -> None:
+    """As it does in the engine, which writes the same text at this threshold."""
+    (path, small), (_, large) = models
+    engine = Engine.from_pretrained(path, cache_gib=0.1)
+    (whole,) = engine.generate(PROMPT, Sampling(max_new_tokens=40))
+    stop = whole.text[8:10]
+    (expected,) = engine.generate(PROMPT, Sampling(max_new_tokens=40, stop=(stop,)))
+    stream = TextStream(engine.tokenizer, (stop,), streaming=False)
+    got = adaptive_decode(small, large, PROMPT, NEVER, stream=stream)
+    stream.finish()
+    assert (got.token_ids, stream.text) == (expected.token_ids, expected.text)
+    assert len(got.token_ids) < len(whole.token_ids)
 
 
 def test_refused(models: list[tuple[Path, Executor]], tmp_path: Path) -> None:

@@ -77,6 +77,22 @@ def test_the_command(tmp_path: Path) -> None:
     written = json.loads(out.read_text())
     assert written["inputs"] == 12
     assert written["curves"].keys() == {*RULES, LEARNED, CHANCE}
+    assert written["adaptive"] == []
+    result = CliRunner().invoke(app, [*map(str, arguments), "--adaptive"], env={"COLUMNS": "200"})
+    assert result.exit_code == 0, result.output
+    assert "Entropy Adaptive Decoding at its best" in result.stdout
+    both = json.loads(out.read_text())
+    assert both["curves"] == written["curves"]
+    rows = {
+        line.split()[0]: line.split()
+        for line in result.stdout.splitlines()
+        if line.split()[:1] and "%" in line.split()[0]
+    }
+    assert {point["share"] for point in both["adaptive"]} < set(SHARES)
+    for share in SHARES:
+        points = [point for point in both["adaptive"] if point["share"] == share]
+        by_large = [f"{point['by_large']:.0%}" for point in points]
+        assert [cell for cell in rows[f"{share:.0%}"][1:] if "%" in cell] == by_large
     result = CliRunner().invoke(app, [*map(str, arguments[:5]), "--limit", "3"])
     assert result.exit_code == 2
     assert "10 inputs or more, got 3" in result.stderr

@@ -22,6 +22,7 @@ from torch import Tensor
 from shoal.depth.cost import causal_pairs, flops
 from shoal.engine.batch import Rows, build_pass
 from shoal.engine.cache import KVCache
+from shoal.engine.text import TextStream
 from shoal.errors import InvalidInput
 from shoal.models.executor import Executor
 
@@ -86,8 +87,12 @@ class Reader:
 
 
 @torch.inference_mode()
-def adaptive_decode(small: Executor, large: Executor, prompt: Sequence[int], config: AdaptiveConfig) -> AdaptiveText:
+def adaptive_decode(
+    small: Executor, large: Executor, prompt: Sequence[int], config: AdaptiveConfig, *, stream: TextStream | None = None
+) -> AdaptiveText:
     """Write one text greedily. Both models have one tokenizer; the large one's end-of-sequence tokens end it.
+
+    Args: `stream`: gets every token as it comes, and ends the text where it finds a stop string.
 
     Raises `InvalidInput` where the vocabularies differ in size or the text may get too long for one of the models.
     """
@@ -112,10 +117,11 @@ def adaptive_decode(small: Executor, large: Executor, prompt: Sequence[int], con
         by_large.append(bool(writer))
         text.append(int(logits.argmax()))
         held += 1
-        if text[-1] in large.config.eos_token_ids:
+        if stream is not None:
+            stream.push(text[-1:])
+        if text[-1] in large.config.eos_token_ids or (stream is not None and stream.stopped):
             break
-        recent = entropies[-config.window :]
-        wanted = int(sum(recent) / len(recent) > config.threshold_bits)
+        wanted = int(mean_of_last(entropies, config.window) > config.threshold_bits)
         if wanted != writer and held >= config.hold:
             writer, held = wanted, 0
     return AdaptiveText(
@@ -124,6 +130,16 @@ def adaptive_decode(small: Executor, large: Executor, prompt: Sequence[int], con
         entropies=tuple(entropies),
         flops=sum(reader.flops for reader in readers),
     )
+
+
+def mean_of_last(entropies: Sequence[float], window: int) -> float:
+    """What is held against the threshold.
+
+    >>> mean_of_last([8.0, 1.0, 3.0], window=2)
+    2.0
+    """
+    recent = entropies[-window:]
+    return sum(recent) / len(recent)
 
 
 def entropy_bits(logits: Tensor) -> float:

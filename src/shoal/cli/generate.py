@@ -22,9 +22,10 @@ from shoal.cli.options import option
 from shoal.cli.prompts import Format, read_prompts
 from shoal.cli.savings import savings_table
 from shoal.depth.checkpoint import fit_horizon
-from shoal.depth.plan import Dense, DepthPolicy
+from shoal.depth.plan import Dense, DepthPlan, DepthPolicy
 from shoal.depth.policies import POLICIES
 from shoal.depth.routers import load_router
+from shoal.draft.choices import SelfDraft
 from shoal.engine.engine import Engine
 from shoal.engine.request import Generation
 from shoal.engine.run_cost import RunCost
@@ -77,6 +78,12 @@ def generate(
             metavar="NAME",
         ),
     ] = None,
+    draft_plan: Annotated[
+        Path | None,
+        option(
+            "Drafting", "Draft with these layers of the model itself: a file of `shoal draft-plan`.", metavar="FILE"
+        ),
+    ] = None,
     max_new_tokens: Annotated[int, option("Sampling", "Most tokens to emit, end of sequence included.")] = 64,
     min_new_tokens: Annotated[int, option("Sampling", "Tokens to emit before the end is allowed.")] = 0,
     temperature: Annotated[float, option("Sampling", "0 is greedy.")] = 0.0,
@@ -110,6 +117,8 @@ def generate(
     head -1 prompts.txt | shoal generate shoal-e2e - -o - --depth 1/3
 
     shoal generate shoal-e2e prompts.jsonl -o completions.jsonl --draft auto
+
+    shoal generate shoal-e2e prompts.jsonl -o completions.jsonl --draft-plan draft_plan.json
     """
     policy = options.depth_policy(
         policy=policy_name,
@@ -131,6 +140,9 @@ def generate(
         )
     if compare_dense and isinstance(policy, Dense):
         raise InvalidInput("--compare-dense compares a plan with every layer: give it a depth with --depth, or bounds")
+    if draft_plan is not None and draft not in (None, "self"):
+        raise InvalidInput(f"--draft-plan drafts with the model itself: leave --draft {draft} out")
+    drafting = draft if draft_plan is None else SelfDraft(plan=DepthPlan.load(draft_plan))
     lines = read_prompts(prompts, format=format, column=prompt_column)
     console = Console(stderr=True)
     if horizon_from is not None:
@@ -171,7 +183,7 @@ def generate(
         if first:
             console.print(f"{first} of {len(lines)} prompts are done already", highlight=False)
         run_todo = partial(
-            run_prompts, engine, lines, sampling, first=first, timeout_s=timeout_s, draft=draft, console=console
+            run_prompts, engine, lines, sampling, first=first, timeout_s=timeout_s, draft=drafting, console=console
         )
 
         def write(done: Generation) -> None:

@@ -10,12 +10,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from shoal.cli.prompts import PromptLine
-from shoal.depth.plan import DepthPolicy
+from shoal.depth.plan import Dense, DepthPolicy
 from shoal.engine.engine import Engine
 from shoal.engine.request import Generation
 from shoal.engine.run_cost import RunCost
 from shoal.engine.sampling import Sampling
-from shoal.errors import InvalidDraft, InvalidPlan, ShoalError
+from shoal.errors import InvalidDraft, InvalidPlan, RequestFailed, ShoalError
 
 
 def run_prompts(
@@ -26,7 +26,7 @@ def run_prompts(
     *,
     first: int = 0,
     timeout_s: float | None = None,
-    draft: str | None = None,
+    draft: object = None,
     on_finish: Callable[[Generation], None] | None = None,
     console: Console,
     label: str,
@@ -78,3 +78,19 @@ def run_prompts(
             )
     run.stats = replace(engine.stats)
     return run
+
+
+def complete(
+    engine: Engine, prompts: Sequence[PromptLine], sampling: Sampling, *, console: Console, label: str
+) -> list[Generation]:
+    """All completions at full depth, in the order of the prompts. Raises `RequestFailed`, with the line, where one fails."""
+    done: dict[int, Generation] = {}
+
+    def note(generation: Generation) -> None:
+        done[generation.index] = generation
+
+    run_prompts(engine, prompts, sampling, Dense(), on_finish=note, console=console, label=label)
+    for index, line in enumerate(prompts):
+        if done[index].error is not None:
+            raise RequestFailed(f"line {line.line}: {done[index].error}")
+    return [done[index] for index in range(len(prompts))]

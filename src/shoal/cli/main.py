@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 from shoal import __version__
 from shoal.cli.convert import convert
 from shoal.cli.defer import defer
+from shoal.cli.draft_plan import draft_plan
 from shoal.cli.frontier import frontier
 from shoal.cli.generate import generate
 from shoal.cli.info import info
@@ -65,7 +66,8 @@ def main(
     """What stands before a command."""
 
 
-for command in (generate, serve, plan, info, convert, tune, voids, frontier, route, suits, defer, report, reproduce):
+generating, measuring = (generate, serve, plan), (voids, frontier, route, suits, defer, draft_plan, report, reproduce)
+for command in (*generating, info, convert, tune, *measuring):
     app.command()(command)
 
 

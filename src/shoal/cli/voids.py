@@ -13,15 +13,13 @@ from rich.table import Table
 from shoal.baselines.layerwise import LayerwiseDecoder
 from shoal.baselines.voids import VoidMap, draw, emptiest, trace
 from shoal.cli import options
-from shoal.cli.job import run_prompts
+from shoal.cli.job import complete
 from shoal.cli.options import option
 from shoal.cli.prompts import Format, PromptLine, read_prompts
-from shoal.depth.plan import Dense
 from shoal.engine.engine import Engine
 from shoal.engine.intake import check_length
-from shoal.engine.request import Generation
 from shoal.engine.sampling import Sampling
-from shoal.errors import InvalidInput, RequestFailed
+from shoal.errors import InvalidInput
 from shoal.files import check_writable, write_json
 
 IMAGES = (".png", ".svg", ".pdf")
@@ -82,20 +80,9 @@ def generated(
     model: LayerwiseDecoder, lines: Sequence[PromptLine], sampling: Sampling
 ) -> list[tuple[list[int], list[int]]]:
     """Prompts with the engine's dense greedy responses, less the last token: it is emitted and never consumed."""
-    engine, done = Engine(model.decoder, model.tokenizer), dict[int, Generation]()
-    run_prompts(
-        engine,
-        lines,
-        sampling,
-        Dense(),
-        on_finish=lambda generation: done.update({generation.index: generation}),
-        console=Console(stderr=True),
-        label="responding",
-    )
-    for index, line in enumerate(lines):
-        if done[index].error is not None:
-            raise RequestFailed(f"line {line.line}: {done[index].error}")
-    return [(model.encode_one(line.prompt), list(done[i].token_ids[:-1])) for i, line in enumerate(lines)]
+    engine = Engine(model.decoder, model.tokenizer)
+    done = complete(engine, lines, sampling, console=Console(stderr=True), label="responding")
+    return [(model.encode_one(line.prompt), list(one.token_ids[:-1])) for line, one in zip(lines, done, strict=True)]
 
 
 def given(model: LayerwiseDecoder, lines: Sequence[PromptLine], column: str) -> list[tuple[list[int], list[int]]]:

@@ -11,10 +11,12 @@ A layer that runs now ran at every earlier clock, so each key and value that it 
 
 from __future__ import annotations
 
+import json
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -120,6 +122,17 @@ class DepthPlan:
             prompt_layers=None if prompt_layers is None else tuple(prompt_layers),
             horizon=data.get("horizon"),
         )
+
+    @classmethod
+    def load(cls, path: Path) -> DepthPlan:
+        """Read the plan of a file, as `shoal draft-plan` and `shoal plan --json` write it. Raises `InvalidPlan`."""
+        try:
+            return cls.from_dict(json.loads(path.read_text(encoding="utf-8"))["plan"])
+        except InvalidPlan as error:
+            raise InvalidPlan(f"{path}: {error}") from error
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = "no field 'plan'" if isinstance(error, KeyError) and error.args == ("plan",) else error
+            raise InvalidPlan(f"no plan can be read from {path}: {reason}") from error
 
 
 class DepthPolicy(Protocol):

@@ -22,6 +22,7 @@ from shoal.engine.engine import Engine
 from shoal.engine.request import Generation
 from shoal.engine.sampling import Sampling
 from shoal.errors import InvalidInput, MissingExtra
+from shoal.evaluate.adaptive_curve import AdaptivePoint
 from shoal.evaluate.bootstrap import Floats, Score, Statistics
 from shoal.evaluate.metrics import METRICS
 from shoal.evaluate.tasks import Task, TaskInput
@@ -79,6 +80,8 @@ class Deferral:
     """By rule, in the order of `SHARES`."""
     areas: Mapping[str, float]
     """By rule: the mean of the metric over the curve, less that of chance; above 0 the rule knows something."""
+    adaptive: tuple[AdaptivePoint, ...] = ()
+    """Where it was asked for: both models write each answer, token by token (`adaptive_curve.py`), by rising share."""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form."""
