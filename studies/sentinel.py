@@ -3,7 +3,7 @@
     python studies/sentinel.py --data ../shared/data
     python studies/sentinel.py --data ../shared/data --save
 
-One model of 6 layers, width 192 is trained from random weights on arithmetic, descriptions of restaurants and dialogue acts
+One model of 4 layers, width 192 is trained from random weights on arithmetic, descriptions of restaurants and dialogue acts
 (`sentinel_tasks.py` says what, and fixes the slices); it answers each slice with the entropy trace on; every slice in turn is left
 out, its accuracy estimated by a sentinel fitted on the others, and compared with the truth, beside length alone and ATC.
 """
@@ -26,14 +26,14 @@ from shoal.train.config import TuneConfig
 from shoal.train.tune import tune
 from study import open_work, parser, read_json, write_json
 
-NUM_LAYERS, WIDTH, HEADS, FFN, VOCAB_SIZE = 6, 192, 6, 512, 1024
+NUM_LAYERS, WIDTH, HEADS, FFN, VOCAB_SIZE = 4, 192, 6, 512, 1024
 
 
 def main() -> None:
     options = parser(__doc__, work="sentinel")
     options.add_argument("--data", type=Path, required=True, help="the directory of all data sets")
-    options.add_argument("--steps", type=int, default=1900, help="optimizer steps")
-    options.add_argument("--batch-size", type=int, default=64)
+    options.add_argument("--steps", type=int, default=2000, help="optimizer steps")
+    options.add_argument("--batch-size", type=int, default=32)
     try:
         run(options.parse_args())
     except ShoalError as error:
@@ -101,7 +101,6 @@ def train(work: Path, options: argparse.Namespace) -> None:
         steps=options.steps,
         batch_size=options.batch_size,
         learning_rate=2e-3,
-        bfloat16=True,
         save_every=100,
         seed=options.seeds[0],
     )
