@@ -205,7 +205,7 @@ def decode(
 
 
 def uncertainty(logits: Tensor, token: int, top_k: int) -> tuple[float, float]:
-    """Of logits [V], in float64 and nats: -sum p log p over the `top_k` most probable tokens, as they are, and -log p of `token`."""
+    """Of logits [V], in float64 and nats: -sum p log p over the `top_k` most probable tokens, as they are; -log p of `token`."""
     values = [float(value) for value in logits]
     largest = max(values)
     total = sum(math.exp(value - largest) for value in values)

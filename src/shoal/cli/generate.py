@@ -102,6 +102,14 @@ def generate(
     logprobs: Annotated[
         int | None, option("Sampling", "Write the log-probabilities of emitted tokens and of this many top ones.")
     ] = None,
+    entropy: Annotated[
+        bool,
+        option(
+            "Sampling",
+            "Write each completion's entropy trace over the top 20 tokens, for `shoal monitor`.",
+            "--entropy",
+        ),
+    ] = False,
     dtype: options.Dtype = "auto",
     device: Annotated[str, option("Model", "cpu, cuda or cuda:1.")] = "cpu",
     threads: Annotated[int | None, option("Model", "CPU threads. Default: PyTorch's choice.")] = None,
@@ -119,6 +127,8 @@ def generate(
     shoal generate shoal-e2e prompts.jsonl -o completions.jsonl --draft auto
 
     shoal generate shoal-e2e prompts.jsonl -o completions.jsonl --draft-plan draft_plan.json
+
+    shoal generate shoal-e2e prompts.jsonl -o traces.jsonl --entropy
     """
     policy = options.depth_policy(
         policy=policy_name,
@@ -164,6 +174,7 @@ def generate(
         seed=seed,
         n=n,
         logprobs=logprobs,
+        entropy_top_k=20 if entropy else None,
     )
     settings = settings_of(
         policy, sampling, model=model, revision=revision, dtype=dtype, token_ids=token_ids, router=router
@@ -263,6 +274,14 @@ def record(done: Generation, *, token_ids: bool) -> dict[str, Any]:
             {"token_id": token, "logprob": position.logprob, "top": [list(pair) for pair in position.top.items()]}
             for token, position in zip(done.token_ids, done.logprobs, strict=True)
         ]
+    if done.trace is not None:
+        fields["trace"] = {
+            "top_k": done.trace.top_k,
+            "mean_entropy": round(done.trace.mean_entropy, 6) if done.token_ids else None,
+            "g_nll": round(done.trace.g_nll, 6),
+            "entropies": [round(value, 6) for value in done.trace.entropies],
+            "nlls": [round(value, 6) for value in done.trace.nlls],
+        }
     fields["finish_reason"] = done.finish_reason
     if done.error is not None:
         fields["error"] = done.error

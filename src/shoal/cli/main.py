@@ -16,6 +16,7 @@ from shoal.cli.draft_plan import draft_plan
 from shoal.cli.frontier import frontier
 from shoal.cli.generate import generate
 from shoal.cli.info import info
+from shoal.cli.monitor import monitor
 from shoal.cli.plan import plan
 from shoal.cli.report import report
 from shoal.cli.reproduce import reproduce
@@ -69,6 +70,7 @@ def main(
 generating, measuring = (generate, serve, plan), (voids, frontier, route, suits, defer, draft_plan, report, reproduce)
 for command in (*generating, info, convert, tune, *measuring):
     app.command()(command)
+app.add_typer(monitor, name="monitor")
 
 
 if __name__ == "__main__":
