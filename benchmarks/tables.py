@@ -16,6 +16,7 @@ import agreement
 import clocks
 import decode_tables
 import drafting
+import entropy
 import gates
 import memory
 import prefill
@@ -41,6 +42,7 @@ SUMMARIES: dict[str, Callable[[list[dict[str, Any]]], str]] = {
     "short_requests": each(short_requests.describe),
     "agreement": each(agreement.describe),
     "drafting": each(drafting.describe),
+    "entropy": entropy.describe,
 }
 
 

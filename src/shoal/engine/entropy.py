@@ -60,11 +60,11 @@ def token_uncertainty(logits: Tensor, token_ids: Sequence[int], top_k: TopK) -> 
     maxima = segments.amax(dim=1)
     largest = torch.cat([maxima, rest], dim=1).amax(dim=1, keepdim=True)
     total = (segments - largest[:, :, None]).exp_().sum(dim=1).sum(dim=1) + (rest - largest).exp().sum(dim=1)
-    log_total = largest + total.log()[:, None]
+    log_total = total.log()[:, None]  # above the largest
     kept = logits if top_k == "full" else most_probable(segments, maxima, rest, min(top_k, vocab_size))
-    log_p = kept - log_total
+    log_p = kept - largest - log_total
     entropies = -(log_p.exp() * log_p).nansum(dim=1)  # 0 times -inf counts as 0
-    return list(zip(entropies.tolist(), (log_total - chosen)[:, 0].tolist(), strict=True))
+    return list(zip(entropies.tolist(), (log_total - (chosen - largest))[:, 0].tolist(), strict=True))
 
 
 def most_probable(segments: Tensor, maxima: Tensor, rest: Tensor, k: int) -> Tensor:

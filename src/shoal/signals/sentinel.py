@@ -109,13 +109,13 @@ class Sentinel:
         found: Floats = self._model.predict_proba(values[:, self.columns])[:, 1]
         return found
 
-    def without(self, slice_name: str) -> Sentinel:
-        """One fitted on all slices but this."""
-        kept = np.array([name != slice_name for name in self.slices])
+    def without(self, *left_out: str) -> Sentinel:
+        """One fitted on all slices but these."""
+        kept = np.array([name not in left_out for name in self.slices])
         return Sentinel(
             self.values[kept],
             self.correct[kept],
-            [name for name in self.slices if name != slice_name],
+            [name for name in self.slices if name not in left_out],
             top_k=self.top_k,
             config=self.config,
         )
