@@ -139,13 +139,8 @@ def answer(work: Path, data: Path, temperature: float, count: int) -> None:
     lines = []
     for (name, item), one in zip(items, done, strict=True):
         assert one.trace is not None
-        trace = {
-            "top_k": TOP_K,
-            "entropies": [round(value, 6) for value in one.trace.entropies],
-            "nlls": [round(value, 6) for value in one.trace.nlls],
-        }
         correct = int(item.is_right(one.text))
-        row = {"slice": name, "prompt": item.prompt, "completion": one.text, "correct": correct, "trace": trace}
+        row = {"slice": name, "prompt": item.prompt, "completion": one.text, "correct": correct, "trace": one.trace.to_dict()}
         lines.append(json.dumps(row, ensure_ascii=False))
     with replaced(path) as partial:
         partial.write_text("\n".join(lines) + "\n", encoding="utf-8")

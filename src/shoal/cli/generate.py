@@ -275,13 +275,7 @@ def record(done: Generation, *, token_ids: bool) -> dict[str, Any]:
             for token, position in zip(done.token_ids, done.logprobs, strict=True)
         ]
     if done.trace is not None:
-        fields["trace"] = {
-            "top_k": done.trace.top_k,
-            "mean_entropy": round(done.trace.mean_entropy, 6) if done.token_ids else None,
-            "g_nll": round(done.trace.g_nll, 6),
-            "entropies": [round(value, 6) for value in done.trace.entropies],
-            "nlls": [round(value, 6) for value in done.trace.nlls],
-        }
+        fields["trace"] = done.trace.to_dict()
     fields["finish_reason"] = done.finish_reason
     if done.error is not None:
         fields["error"] = done.error

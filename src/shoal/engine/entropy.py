@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -46,6 +46,16 @@ class EntropyTrace:
         """Sum of the negative log-probabilities, whatever the length. Of a greedy completion it is G-NLL (Aichberger et al. 2024,
         arXiv 2412.15176), which stands for the most probable sequence's."""
         return math.fsum(self.nlls)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form, numbers to six digits behind the point."""
+        return {
+            "top_k": self.top_k,
+            "mean_entropy": round(self.mean_entropy, 6) if self.entropies else None,
+            "g_nll": round(self.g_nll, 6),
+            "entropies": [round(value, 6) for value in self.entropies],
+            "nlls": [round(value, 6) for value in self.nlls],
+        }
 
 
 def token_uncertainty(logits: Tensor, token_ids: Sequence[int], top_k: TopK) -> list[tuple[float, float]]:

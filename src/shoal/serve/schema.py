@@ -99,6 +99,9 @@ class Generate(Depth):
     repetition_penalty: float = Field(1.0, gt=0)
     min_tokens: int = Field(0, ge=0)
     ignore_eos: bool = False
+    entropy: bool = Field(
+        False, description="The entropy trace of each completion over the top 20 tokens, in usage.shoal.traces."
+    )
 
     @model_validator(mode="after")
     def _streams(self) -> Generate:

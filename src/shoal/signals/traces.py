@@ -86,6 +86,10 @@ def traces_of(row: Mapping[str, Any], where: str, top_k: int | None) -> list[Ent
         found = [own_trace(row["trace"], where)]
     else:
         response = row.get("response", row)
+        if isinstance(response, dict) and (ours := traces_of_server(response)):
+            if len(ours) > 1 and "correct" in row:
+                raise InvalidInput(f"{where}: one label for {len(ours)} choices: write a line for each")
+            return [own_trace(one, where) for one in ours]
         choices = response.get("choices") if isinstance(response, dict) else None
         if not isinstance(choices, list) or not choices:
             raise InvalidInput(
@@ -98,6 +102,14 @@ def traces_of(row: Mapping[str, Any], where: str, top_k: int | None) -> list[Ent
     if any(not trace.entropies for trace in found):
         raise InvalidInput(f"{where}: a response without tokens has no trace: leave it out")
     return found
+
+
+def traces_of_server(response: Mapping[str, Any]) -> list[Any]:
+    """What Shoal's own server puts under `usage.shoal.traces` where a body says `entropy: true`; empty for other servers."""
+    usage = response.get("usage")
+    shoal = usage.get("shoal") if isinstance(usage, dict) else None
+    traces = shoal.get("traces") if isinstance(shoal, dict) else None
+    return traces if isinstance(traces, list) else []
 
 
 def own_trace(trace: Any, where: str) -> EntropyTrace:
