@@ -140,7 +140,13 @@ def answer(work: Path, data: Path, temperature: float, count: int) -> None:
     for (name, item), one in zip(items, done, strict=True):
         assert one.trace is not None
         correct = int(item.is_right(one.text))
-        row = {"slice": name, "prompt": item.prompt, "completion": one.text, "correct": correct, "trace": one.trace.to_dict()}
+        row = {
+            "slice": name,
+            "prompt": item.prompt,
+            "completion": one.text,
+            "correct": correct,
+            "trace": one.trace.to_dict(),
+        }
         lines.append(json.dumps(row, ensure_ascii=False))
     with replaced(path) as partial:
         partial.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -50,8 +50,8 @@ def lines(traced: list[Traced]) -> str:
 
 @pytest.mark.parametrize("classifier", ["forest", "logistic", "mlp"])
 def test_known_accuracies_are_recovered(classifier: Literal["forest", "logistic", "mlp"]) -> None:
-    """Slices with other accuracies than any in training lie within the stated interval; one in six may not. The small network, which
-    learns least from few responses, comes near."""
+    """Slices with other accuracies than any in training lie within the stated interval; one in six may not. The small network,
+    which learns least from few responses, comes near."""
     fitted = Sentinel.fit(TRAINING, SentinelConfig(classifier=classifier))
     accuracies = (0.15, 0.3, 0.4, 0.6, 0.8, 0.95)
     unseen = [one for accuracy in accuracies for one in made_slice(f"a {accuracy}", accuracy, 200, seed=2)]

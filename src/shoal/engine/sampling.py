@@ -92,8 +92,7 @@ class Sampling:
             "n": (self.n >= 1, "1 or more"),
             "logprobs": (self.logprobs is None or self.logprobs >= 0, "0 or more"),
             "entropy_top_k": (
-                self.entropy_top_k in (None, "full")
-                or (type(self.entropy_top_k) is int and self.entropy_top_k >= 1),
+                self.entropy_top_k in (None, "full") or (type(self.entropy_top_k) is int and self.entropy_top_k >= 1),
                 "1 or more, or 'full'",
             ),
             "prompt_logprobs": (self.prompt_logprobs is None or self.prompt_logprobs >= 0, "0 or more"),
