@@ -2,10 +2,12 @@
 
     python studies/sentinel.py --data ../shared/data
     python studies/sentinel.py --data ../shared/data --save
+    python studies/sentinel.py --data ../shared/data --steps 0 --work ~/.cache/shoal/studies/sentinel_shipped
 
 The shipped model, which can describe restaurants, is tuned on arithmetic and dialogue acts as well (`sentinel_tasks.py` says how
 much of what, and fixes the slices); it answers each slice with the entropy trace on; every slice in turn is left out, its accuracy
-estimated by a sentinel fitted on the others, and compared with the truth, beside length alone and ATC.
+estimated by a sentinel fitted on the others, and compared with the truth, beside length alone and ATC. With `--steps 0` the shipped
+model answers as it is, the slices of descriptions alone: minutes, not hours.
 """
 
 from __future__ import annotations
@@ -44,15 +46,16 @@ FAMILIES = {
     "arithmetic": lambda name: name.startswith(("add", "sub")),
     "terms": lambda name: name.startswith("terms"),
     "e2e": lambda name: name.startswith("e2e"),
+    "names": lambda name: name.startswith("names"),
     "domains": lambda name: name in ("restaurant", "laptop", "tv", "hotel"),
 }
-COLORS = ("#0b3c5d", "#e08e0b", "#3fa796", "#b23a48")
+COLORS = ("#5b4bb5", "#0b3c5d", "#e08e0b", "#3fa796", "#b23a48")
 
 
 def main() -> None:
     options = parser(__doc__, work="sentinel")
     options.add_argument("--data", type=Path, required=True, help="the directory of all data sets")
-    options.add_argument("--steps", type=int, default=500, help="optimizer steps")
+    options.add_argument("--steps", type=int, default=500, help="optimizer steps; 0: the shipped model as it is")
     options.add_argument("--batch-size", type=int, default=32)
     try:
         run(options.parse_args())
@@ -69,10 +72,11 @@ def run(options: argparse.Namespace) -> None:
     if options.quick:
         options.steps, options.batch_size = 4, 4
     open_work(work, {"steps": options.steps, "batch_size": options.batch_size, "quick": options.quick})
-    prepare(work, options)
-    train(work, options)
+    if options.steps:
+        prepare(work, options)
+        train(work, options)
     for temperature in TEMPERATURES:
-        answer(work, options.data, temperature, count)
+        answer(work, options, temperature, count)
     if options.quick:  # an untrained model is wrong everywhere, and a sentinel has nothing to learn
         return
     result = measure(work)
@@ -124,13 +128,15 @@ def traces_file(work: Path, temperature: float) -> Path:
     return work / f"traces-{temperature:g}.jsonl"
 
 
-def answer(work: Path, data: Path, temperature: float, count: int) -> None:
+def answer(work: Path, options: argparse.Namespace, temperature: float, count: int) -> None:
     """The model's answers to every slice, with traces and whether they are right."""
     path = traces_file(work, temperature)
     if path.is_file():
         return
-    engine = Engine.from_pretrained(work / "model", dtype="float32", cache_gib=1)
-    items = [(name, item) for name, some in slices(data, count, seed=0).items() for item in some]
+    tuned = options.steps > 0
+    engine = Engine.from_pretrained(work / "model" if tuned else "shoal-e2e", dtype="float32", cache_gib=1)
+    asked = slices(options.data, count, seed=0, tuned=tuned)
+    items = [(name, item) for name, some in asked.items() for item in some]
     samplings = [
         Sampling(max_new_tokens=MOST_TOKENS, temperature=temperature, seed=seed, entropy_top_k=TOP_K)
         for seed in range(len(items))
@@ -157,7 +163,7 @@ def measure(work: Path) -> dict[str, Any]:
     found: dict[str, Any] = {
         "settings": read_json(work / "study.json"),
         "conditions": conditions(),
-        "training": read_json(work / "training.json"),
+        "training": read_json(work / "training.json") if (work / "training.json").is_file() else None,
         "runs": [],
     }
     for temperature in TEMPERATURES:
@@ -190,6 +196,8 @@ def families_out(sentinel: Sentinel) -> list[dict[str, Any]]:
     values, rows = np.array(sentinel.slices), []
     for family, inside in FAMILIES.items():
         names = [name for name in dict.fromkeys(sentinel.slices) if inside(name)]
+        if not names:
+            continue
         known = Known(sentinel.without(*names))
         found = []
         for name in names:
@@ -300,6 +308,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
         panel, beside = axes[2 * place], axes[2 * place + 1]
         for color, (family, inside) in zip(COLORS, FAMILIES.items(), strict=True):
             some = [one for one in run["slices"] if inside(one["name"])]
+            if not some:
+                continue
             x = [one["accuracy"] for one in some]
             y = [one["estimate"] for one in some]
             spread = [[one["estimate"] - one["low"] for one in some], [one["high"] - one["estimate"] for one in some]]

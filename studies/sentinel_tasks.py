@@ -7,6 +7,7 @@ that slices run from those the model knows to those it does not:
     sub 2 .. sub 6       subtractions, the same way
     terms 3 .. terms 8   sums and differences of so many one-digit terms, without steps between
     e2e 3 .. e2e 8       descriptions of restaurants by number of slots; right: no slot missing or wrong (`evaluate/e2e.py`)
+    names 3 .. names 8   the same with names of restaurants and hotels that E2E does not have, in `name` and `near`
     restaurant           dialogue acts in words; right: every literal value is in the text. All of its training part is trained on
     laptop, tv, hotel    the same; of laptops 2,000 acts are trained on, of televisions 500, of hotels none
 """
@@ -138,9 +139,29 @@ def composed_mrs(data: Path, num_slots: int, count: int, rng: random.Random) -> 
     return list(found)
 
 
-def slices(data: Path, count: int, *, seed: int) -> dict[str, list[Item]]:
-    """Up to `count` items of each slice; other seeds draw other items (of dialogue acts: the same in another order)."""
+def other_names(data: Path) -> list[str]:
+    """Names of restaurants and hotels in dialogue acts, written as E2E writes names."""
+    names = {
+        name.strip("'").title()
+        for domain in ("restaurant", "hotel")
+        for act, _ in acts(data, domain, "test")
+        for name in re.findall(r"name=([^;)]*)", act)
+    }
+    return sorted(name for name in names if re.fullmatch(r"[A-Za-z ]{4,24}", name))
+
+
+def with_other_names(mr: str, others: list[str], rng: random.Random) -> str:
+    """The meaning representation with other names in `name` and `near`."""
+    return re.sub(r"(?<!\w)(name|near)\[[^\]]*\]", lambda slot: f"{slot[1]}[{rng.choice(others)}]", mr)
+
+
+def slices(data: Path, count: int, *, seed: int, tuned: bool = True) -> dict[str, list[Item]]:
+    """Up to `count` items of each slice; other seeds draw other items (of dialogue acts: the same in another order).
+
+    Without `tuned` only those that the shipped model was made for.
+    """
     rng = random.Random(f"slices {seed}")
+    others = other_names(data)
     found: dict[str, list[Item]] = {}
     for kind, sign in (("add", "+"), ("sub", "-")):
         for digits in range(2, 7):
@@ -152,6 +173,10 @@ def slices(data: Path, count: int, *, seed: int) -> dict[str, list[Item]]:
     for num_slots in range(3, 9):
         mrs = composed_mrs(data, num_slots, count, rng)
         found[f"e2e {num_slots}"] = [Item(mr, describes(mr)) for mr in mrs]
+        renamed = [with_other_names(mr, others, rng) for mr in composed_mrs(data, num_slots, count, rng)]
+        found[f"names {num_slots}"] = [Item(mr, describes(mr)) for mr in renamed]
+    if not tuned:
+        return {name: items for name, items in found.items() if name.startswith(("e2e", "names"))}
     for domain, (most, _) in TRAINED_ACTS.items():
         read = [act for act, _ in acts(data, domain, "train")]
         trained = set(read[:most])
