@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from torch import Tensor
@@ -86,8 +86,8 @@ class Observer(Protocol):
         """A reading for a prompt of so many tokens. Raises `InvalidInput` where it reads none of that length."""
         ...
 
-    def watch(self, readings: Sequence[Reading], counts: Sequence[int]) -> Watch:
-        """Read the next `counts[r]` prompt tokens of each of these."""
+    def watch(self, readings: Sequence[Any], counts: Sequence[int]) -> Watch:
+        """Read the next `counts[r]` prompt tokens of each of these readings of its own."""
         ...
 
 

@@ -1,8 +1,8 @@
 """The operators of in-pass probes (Meyoyan and Del Corro 2026, arXiv 2601.13288, section 3): from rows [N, d] to one vector [d].
 
-A probe applies one of them twice: to the tokens of every level, each level with parameters of its own, then to the levels. Level l is
-the input of layer l, level L the output of the last layer before the final norm. Letters: N rows, d their width, h the width inside
-attention, all behind any number of leading dimensions; masked rows count for nothing.
+A probe applies one of them twice: to the tokens of every level, each level with parameters of its own, then to the levels. Level l
+is the input of layer l, level L the output of the last layer before the final norm. Letters: N rows, d their width, h the width
+inside attention, all behind any number of leading dimensions; masked rows count for nothing.
 """
 
 from __future__ import annotations

@@ -166,21 +166,23 @@ class Probe:
         """The same on a device."""
         return replace(self, tensors={name: tensor.to(device) for name, tensor in self.tensors.items()})
 
-    # The two stages, for as many prompts at once as there are leading dimensions.
+    # The two stages.
 
     def token_stage(self, x: Tensor, mask: Tensor) -> Tensor:
-        """Levels' vectors [..., levels, d] from states x [..., levels, N, d]; mask bool [..., N]."""
-        ours, mask = self.settings, mask.unsqueeze(-2).expand(*mask.shape[:-1], x.shape[-3], -1)
+        """Levels' vectors [B, levels, d] of B prompts from their states x [levels, B, N, d]; mask bool [B, N]."""
+        ours = self.settings
         if ours.operator == "pool":
-            return pool(x, mask, ours.pooling)
+            return pool(x, mask.expand(x.shape[:-1]), ours.pooling).transpose(0, 1)
         if ours.operator == "gate":
-            return gate(x, self.tensors["token_gate"], mask, ours.gate_scale)
-        return self.attend_tokens(x @ self.tensors["token_qkv"], mask)
+            gates = self.tensors["token_gate"].unsqueeze(1)
+            return gate(x, gates, mask.expand(x.shape[:-1]), ours.gate_scale).transpose(0, 1)
+        rows = x.flatten(1, 2) @ self.tensors["token_qkv"]  # one product per level for all prompts
+        return self.attend_tokens(rows.view(*x.shape[:-1], -1), mask)
 
     def attend_tokens(self, qkv: Tensor, mask: Tensor) -> Tensor:
-        """Levels' vectors [..., levels, d] from down-cast rows [..., levels, N, 3 h]; mask bool [..., levels, N]."""
-        ours = self.settings
-        return attend(qkv, self.tensors["token_out"], mask, heads=ours.heads, pooling=ours.pooling)
+        """Levels' vectors [B, levels, d] from down-cast rows [levels, B, N, 3 h]; mask bool [B, N]."""
+        ours, out = self.settings, self.tensors["token_out"].unsqueeze(1)
+        return attend(qkv, out, mask.expand(qkv.shape[:-1]), heads=ours.heads, pooling=ours.pooling).transpose(0, 1)
 
     def layer_stage(self, levels: Tensor) -> Tensor:
         """The prompt's vector [..., d] from its levels' [..., levels, d]."""
@@ -192,12 +194,18 @@ class Probe:
         qkv, out = levels @ self.tensors["layer_qkv"], self.tensors["layer_out"]
         return attend(qkv, out, mask, heads=ours.heads, pooling=ours.pooling)
 
-    def layer_weights(self, levels: Tensor) -> Tensor | None:
-        """How much each level weighs [..., levels] in a gate's vector; None for the other operators."""
-        if self.settings.operator != "gate":
-            return None
-        mask = torch.ones(levels.shape[:-1], dtype=torch.bool, device=levels.device)
-        return gate_weights(levels, self.tensors["layer_gate"], mask, self.settings.gate_scale)
+    def layer_weights(self, levels: Tensor) -> Tensor:
+        """How much each level weighs [..., levels] in the prompt's vector: the gate's weights, what attention gives a level on
+        average over heads and levels, or equal shares where a mean is taken."""
+        ours = self.settings
+        if ours.operator == "gate":
+            mask = torch.ones(levels.shape[:-1], dtype=torch.bool, device=levels.device)
+            return gate_weights(levels, self.tensors["layer_gate"], mask, ours.gate_scale)
+        if ours.operator == "attention":
+            q, k, _ = (levels @ self.tensors["layer_qkv"]).unflatten(-1, (3, ours.heads, -1)).unbind(dim=-3)
+            scores = q.transpose(-3, -2) @ k.transpose(-3, -2).transpose(-2, -1) / q.shape[-1] ** 0.5
+            return scores.softmax(dim=-1).mean(dim=(-3, -2))
+        return torch.full(levels.shape[:-1], 1 / levels.shape[-2], device=levels.device)
 
     def logits(self, vectors: Tensor) -> Tensor:
         """[..., logits] from prompts' vectors [..., d]."""

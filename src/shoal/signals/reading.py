@@ -109,8 +109,8 @@ class ProbeSet:
     def __init__(
         self, probes: Sequence[Probe], guards: Mapping[str, tuple[tuple[str, ...], float | None]] | None = None
     ) -> None:
-        """`probes`: on one device, of one model, with names of their own; `guards`: by name of the probe, classes that end a request,
-        and the probability from which on they do."""
+        """`probes`: on one device, of one model, with names of their own; `guards`: by name of the probe, classes that end a
+        request, and the probability from which on they do."""
         self.probes, self.guards = tuple(probes), dict(guards or {})
         settings = [probe.settings for probe in self.probes]
         self.num_levels = max(one.num_levels for one in settings)
@@ -201,12 +201,9 @@ class ProbeSet:
         if probe not in self.columns_of:
             return torch.stack([one.maxima[levels] for one in read])
         columns = self.columns_of[probe]
-        return torch.stack(
-            [
-                of.attend_tokens(rows, torch.ones(rows.shape[:-1], dtype=torch.bool, device=rows.device))
-                for rows in (one.rows[levels, :, columns] for one in read)
-            ]
-        )
+        alone = [one.rows[levels, :, columns].unsqueeze(1) for one in read]
+        whole = [torch.ones(1, one.num_tokens, dtype=torch.bool, device=self.device) for one in read]
+        return torch.cat([of.attend_tokens(rows, mask) for rows, mask in zip(alone, whole, strict=True)])
 
     def _blocked_by(self, labels: Mapping[str, Label]) -> str | None:
         """The first probe whose guard ends the request."""
@@ -225,7 +222,7 @@ class ProbeSet:
         return self.num_levels * self.hidden_size * (4 * self.num_sums + 2 * self.columns)
 
     def flops_at_the_end(self, prompt_tokens: int) -> int:
-        """Floating-point operations once a prompt has been read: attention among its rows, the layer stage, the head, the distance."""
+        """Floating-point operations once a prompt has been read: attention among its rows, layer stage, head, distance."""
         total = 0
         for probe in self.probes:
             ours, d = probe.settings, self.hidden_size
@@ -292,7 +289,7 @@ class ProbeWatch:
     def _raise(self, level: int, block: Block, states: Tensor) -> None:
         """Raise the prompts' maxima to those of states [n, d]."""
         ends = block.mine.squeeze(1).sum(dim=1).long().tolist()
-        for row, part in enumerate(states.split(ends), start=block.first_row):
+        for row, part in enumerate(torch.split(states, ends), start=block.first_row):
             here = self.maxima[level, row]
             torch.maximum(here, part.amax(dim=0), out=here)
 
@@ -301,8 +298,9 @@ class ProbeWatch:
         """As in `Watch`; prompts that are whole now get their findings."""
         probes, whole = self.probes, []
         by_row = (len(self.counts), probes.num_sums)
-        sums, weights = self.sums.unflatten(1, by_row), self.weights.unflatten(1, by_row)
-        rows = self.rows.split(list(self.counts), dim=1)
+        sums = self.sums.view(probes.num_levels, *by_row, probes.hidden_size)
+        weights = self.weights.view(probes.num_levels, *by_row)
+        rows = torch.split(self.rows, list(self.counts), dim=1)
         for row, (reading, count) in enumerate(zip(self.readings, self.counts, strict=True)):
             mine = rows[row] if count == reading.prompt_tokens else rows[row].clone()  # not the whole pass's, to keep
             part = Prefix(probes.version, count, sums[:, row], weights[:, row], self.maxima[:, row], mine)
