@@ -19,6 +19,7 @@ import drafting
 import gates
 import memory
 import prefill
+import probes
 import scaling
 import short_requests
 from report import RESULTS, load
@@ -41,6 +42,7 @@ SUMMARIES: dict[str, Callable[[list[dict[str, Any]]], str]] = {
     "short_requests": each(short_requests.describe),
     "agreement": each(agreement.describe),
     "drafting": each(drafting.describe),
+    "probes": each(probes.describe),
 }
 
 

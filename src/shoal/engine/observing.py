@@ -80,7 +80,7 @@ class Watch(Protocol):
 
 
 class Observer(Protocol):
-    """Reads the states of prompts. One object serves all requests that ask for the same, so that a pass shows it each level once."""
+    """Reads the states of prompts. One object serves all requests that ask for the same: a pass shows it each level once."""
 
     def begin(self, prompt_tokens: int) -> Reading:
         """A reading for a prompt of so many tokens. Raises `InvalidInput` where it reads none of that length."""

@@ -77,8 +77,8 @@ class WatchedStates:
     tokens: Ints
     """[n], indices of the tokens, ascending."""
     see: Callable[[int, Tensor], None]
-    """Called with each level in turn, 0 .. L, and the states [n, d] of those tokens there, on the decoder's device: at l the inputs of
-    layer l, at L the outputs of the last, before the final norm. The states are lent for the call."""
+    """Called with each level in turn, 0 .. L, and the states [n, d] of those tokens there, on the decoder's device: at l the inputs
+    of layer l, at L the outputs of the last, before the final norm. The states are lent for the call."""
 
     def show(self, level: int, states: Tensor) -> None:
         """Let the watcher see its part of the states [N, d] of the whole pass."""

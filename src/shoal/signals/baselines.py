@@ -26,7 +26,7 @@ def muli(logits: Floats, labels: Ints, train: Ints, validation: Ints, *, seed: i
     from sklearn.preprocessing import StandardScaler
 
     def make(penalty: float) -> Any:
-        sparse = SGDClassifier(loss="log_loss", penalty="l1", alpha=penalty, max_iter=15, tol=1e-3, random_state=seed)
+        sparse = SGDClassifier(loss="log_loss", penalty="l1", alpha=penalty, max_iter=15, tol=None, random_state=seed)
         return make_pipeline(StandardScaler(), sparse)
 
     return best_of([make(penalty) for penalty in PENALTIES], logits, labels, train, validation)

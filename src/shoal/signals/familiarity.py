@@ -1,8 +1,8 @@
 """How far a prompt lies from those that a probe was trained on: Mahalanobis's distance to the nearest class, as a quantile.
 
-A probe is as sure of a prompt that is like nothing it has seen as of any other; what tells is where its vector lies (Lee et al. 2018,
-arXiv 1807.03888). The covariance is shared by the classes and shrunk (Ledoit and Wolf 2004), because vectors may have more values
-than there are prompts.
+A probe is as sure of a prompt that is like nothing it has seen as of any other; what tells is where its vector lies (Lee et al.
+2018, arXiv 1807.03888). The covariance is shared by the classes and shrunk (Ledoit and Wolf 2004), because vectors may have more
+values than there are prompts.
 """
 
 from __future__ import annotations

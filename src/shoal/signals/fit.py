@@ -1,8 +1,8 @@
 """Training probes on extracted states (arXiv 2601.13288, section 4): AdamW along a cosine, early stopping, a small search.
 
-Weights are trained in units of the states: a gate's and the down-cast's in the root mean square of their level, the head's in mean and
-deviation of its input at the start. What is written is in the paper's form; in these units one learning rate suits all levels, whose
-states differ in size a hundredfold.
+Weights are trained in units of the states: a gate's and the down-cast's in the root mean square of their level, the head's in mean
+and deviation of its input at the start. What is written is in the paper's form; in these units one learning rate suits all levels,
+whose states differ in size a hundredfold.
 """
 
 from __future__ import annotations
@@ -134,8 +134,8 @@ def fit(
 ) -> Fitted:
     """Search, train, calibrate.
 
-    Args: `labels` [prompts]: index of each prompt's class; `train`, `validation`: places of prompts; `max_prompt_tokens`: limit of an
-    attention probe. Raises `InvalidInput` where a class has no prompt to train on or to validate with.
+    Args: `labels` [prompts]: index of each prompt's class; `train`, `validation`: places of prompts; `max_prompt_tokens`: limit of
+    an attention probe. Raises `InvalidInput` where a class has no prompt to train on or to validate with.
     """
     for part, places in {"train on": train, "validate with": validation}.items():
         missing = set(range(len(classes))) - set(labels[list(places)].tolist())

@@ -16,7 +16,7 @@ from shoal.errors import InvalidInput
 from shoal.models.passes import Ints
 from shoal.signals.baselines import bag_of_words, muli
 from shoal.signals.extract import GROUP, Report, States, extract
-from shoal.signals.fit import Data, FitConfig, Fitted, fit, vectors_of
+from shoal.signals.fit import Data, FitConfig, Fitted, fit
 from shoal.signals.labelled import Labelled, classes_of, split
 from shoal.signals.probe import Probe
 from shoal.signals.quality import Floats, Quality, quality, reliability
