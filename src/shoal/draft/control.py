@@ -85,13 +85,14 @@ def trial(ranked: Sequence[tuple[float, int]]) -> dict[int, int]:
 
 
 def model_length(
-    chance: float, rows: Sequence[int], num_rows: int, seconds: PassSeconds, *, most: int, draft_s: float | None
-) -> int | None:
+    chance: float, rows: Sequence[int], num_rows: int, seconds: PassSeconds, *, most: int, draft_s: float | None,
+    slowness: float = 1.0,
+) -> int | None:  # fmt: skip
     """How many tokens a model should draft for `rows` (slots), if each is accepted with `chance`; 0 where none pay, None where what
     it takes has not been measured.
 
     Args: `num_rows` and `seconds`: see `lengths`; `most`: the longest draft; `draft_s`: seconds per token drafted for all of
-    `rows`, None while not measured.
+    `rows`, None while not measured; `slowness`: how many times longer than predicted such steps take than those without a draft.
     """
     base = seconds({})
     if base is None or draft_s is None:
@@ -103,7 +104,7 @@ def model_length(
         took = seconds(dict.fromkeys(rows, count))
         if took is None:  # one token more than is known to be good, or nothing is known
             return count if best and best == count - 1 else best or None
-        goodput = (num_rows + gained) / (took + count * draft_s)
+        goodput = (num_rows + gained) / (took + count * draft_s) / slowness
         if goodput < before:
             break  # the next token would gain less than this one, and cost as much
         before = goodput
