@@ -89,6 +89,7 @@ def test_steps_that_take_longer_than_predicted() -> None:
     assert source.slowness == pytest.approx(2, abs=0.01)
     assert source.length(ROWS, 2, ten_seconds, 1.0) == (0, False)
     assert source.length(ROWS, 2, ten_seconds, 2.0) == (count, False)
+    assert source.length(ROWS, 2, ten_seconds, 9.0) == (count, False)  # and no more than was predicted
 
 
 def test_broken_promises_make_it_wait_longer() -> None:

@@ -14,7 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from shoal.engine.slots import SlotTable
-from shoal.engine.step_time import StepTime, pass_work
+from shoal.engine.step_time import pass_work
+from shoal.engine.tally import Tally
 
 COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512, 1024)
 """Tokens added to a pass that are looked at: prices are estimates, so every number would be no better."""
@@ -30,14 +31,16 @@ PassSeconds = Callable[[Mapping[int, int]], float | None]
 """Predicted seconds of the pass at hand if it verifies so many drafted tokens, by slot; None while not measured."""
 
 
-def pass_seconds(tokens: Mapping[int, int], slots: SlotTable, step_time: StepTime) -> PassSeconds:
-    """What `step_time` predicts of a pass that brings `tokens` (by slot) beside the drafted ones."""
-    order = np.fromiter(tokens, dtype=np.int64)
+def pass_seconds(tokens: Mapping[int, int], slots: SlotTable, tally: Tally) -> PassSeconds:
+    """What is predicted of a pass that brings `tokens` (by slot) beside the drafted ones. Costs nothing until it is asked."""
 
     def seconds(added: Mapping[int, int]) -> float | None:
+        order = np.fromiter(tokens, dtype=np.int64)
         counts = np.array([count + added.get(slot, 0) for slot, count in tokens.items()])
         num_logits = len(tokens) + sum(added.values())
-        return step_time.seconds(pass_work(slots.served(order, counts), slots.num_computed[order], counts, num_logits))
+        return tally.step_time.seconds(
+            pass_work(slots.served(order, counts), slots.num_computed[order], counts, num_logits)
+        )
 
     return seconds
 

@@ -118,7 +118,7 @@ class Drafter:
                         break
         for source, seconds in took_s.items():
             source.took(seconds / step_s)
-        predicted_s = pass_seconds(tokens, self.runner.slots, self.runner.tally.step_time)
+        predicted_s = pass_seconds(tokens, self.runner.slots, self.runner.tally)
         weighed = [
             source
             for (source, fixed), its_rows in for_models.items()

@@ -135,7 +135,7 @@ class ModelSource(Source):
         """
         count = model_length(
             self.mean_chance, [row.slot for row in rows], num_rows, seconds,
-            most=self.proposer.longest, draft_s=self.proposer.seconds(rows), slowness=self.slowness / plain_slowness,
+            most=self.proposer.longest, draft_s=self.proposer.seconds(rows), slowness=max(1, self.slowness / plain_slowness),
         )  # fmt: skip
         if count:
             self.passes_on += 1
