@@ -22,6 +22,12 @@ TYPES = {
 }
 """By status; whatever is not here is the client's mistake."""
 
+UNSUPPORTED = dict.fromkeys(
+    ("tools", "tool_choice", "functions", "function_call"),
+    "this server calls no tools; response_format gives answers a form that programs can read",
+)
+"""Why fields of OpenAI's API are not among ours, where more can be said than that."""
+
 
 class ApiError(HTTPException):
     """What a request is answered with instead. One of FastAPI's own errors: others that come up while it reads a body, it hides."""
@@ -71,8 +77,12 @@ async def on_validation_error(_: Request, error: Exception) -> JSONResponse:
     """Handler of bodies that do not fit the schema: the first thing wrong with it. The body itself is not repeated."""
     assert isinstance(error, RequestValidationError)
     problem = error.errors()[0]
-    param = path_of(problem["loc"])
-    message = "is not a parameter that this server knows" if problem["type"] == "extra_forbidden" else problem["msg"]
+    location, message = problem["loc"], problem["msg"]
+    if problem["type"] == "misplaced":
+        location = (*location, problem["ctx"]["field"])
+    param = path_of(location)
+    if problem["type"] == "extra_forbidden":
+        message = UNSUPPORTED.get(param or "", "is not a parameter that this server knows")
     return ApiError(400, f"{param or 'body'}: {message}", param=param).response()
 
 
