@@ -241,8 +241,8 @@ def make_app(engine: Engine, config: ServeConfig) -> FastAPI:
 
 
 def specification(app: FastAPI, model: str) -> dict[str, Any]:
-    """OpenAPI's description, with the one name that `model` may have. FastAPI says that it answers 422 where the body is wrong; here
-    that is 400."""
+    """OpenAPI's description, with the one name that `model` may have. FastAPI says that it answers 422 where the body is wrong;
+    here that is 400."""
     if app.openapi_schema is None:
         app.openapi_schema = get_openapi(
             title=app.title, version=app.version, description=app.description, routes=app.routes
