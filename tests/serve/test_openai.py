@@ -11,7 +11,12 @@ import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
 
+from running import running
 from shoal import Engine, Sampling, SkipDecode
+from shoal.serve.config import ServeConfig
+from shoal.serve.errors import ApiError
+from shoal.serve.grammar import Grammars
+from shoal.serve.schema import ResponseFormat
 
 PROMPT = "the shoal turns as one"
 
@@ -219,6 +224,26 @@ def test_scores(client: OpenAI, alone: Engine) -> None:
     assert shallow["data"][0]["logprob"] != pytest.approx(dense["data"][0]["logprob"], abs=1e-3)
 
 
+def test_scores_after_a_special_token() -> None:
+    """shoal-e2e's prompts end with one: two continuations were cut to the same tokens once, their first ones lost."""
+    engine = Engine.from_pretrained("shoal-e2e", max_batch=4, cache_gib=0.1)
+    body = {"model": "m", "prompt": "name[Zizzi]", "continuations": ["Zizzi is near", "Clowns is near"]}
+    with running(engine, ServeConfig(model="m")) as url, OpenAI(base_url=f"{url}/v1", api_key="none") as client:
+        answer: Any = client.post("/score", body=body, cast_to=object)
+    right, wrong = answer["data"]
+    assert engine.tokenizer.decode(right["tokens"]) == "Zizzi is near"
+    assert right["logprob"] > wrong["logprob"] + 1
+
+
+def test_forms_that_are_too_large() -> None:
+    """Refused before the model's thread would wait for them: seconds for every token, otherwise."""
+    engine = Engine.from_pretrained("shoal-e2e", max_batch=1, cache_gib=0.1)
+    form = ResponseFormat.model_validate({"type": "regex", "regex": "(a{500}){500}"})
+    with pytest.raises(ApiError, match="too many") as refused:
+        Grammars(engine).processor(form, 1)
+    assert (refused.value.status_code, refused.value.param) == (400, "response_format")
+
+
 def test_models_and_tokens(client: OpenAI, url: str) -> None:
     """The model by name, and text to tokens and back."""
     assert [model.id for model in client.models.list()] == ["tiny"]
@@ -244,14 +269,21 @@ REFUSED: list[tuple[dict[str, Any], str | None]] = [
     ({"prompt": ""}, "prompt"),
     ({"prompt": []}, "prompt"),
     ({"prompt": [1, 99999]}, "prompt"),
+    ({"prompt": 5}, "prompt"),
+    ({"prompt": [1, -1]}, "prompt[1]"),
     ({"best_of": 2}, "best_of"),
     ({"suffix": "end"}, "suffix"),
     ({"stop": [""]}, "stop"),
     ({"logit_bias": {"x": 1}}, "logit_bias"),
     ({"logit_bias": {"999999": 1}}, "logit_bias"),
+    ({"logit_bias": {"65": 101}}, "logit_bias.65"),
+    ({"presence_penalty": 1e300}, "presence_penalty"),
+    ({"frequency_penalty": -101}, "frequency_penalty"),
+    ({"extra_body": {"repetition_penalty": 5e-324}}, "repetition_penalty"),
     ({"logprobs": 21}, "logprobs"),
     ({"stop": ["a"] * 33}, "stop"),
     ({"stop": "a" * 257}, "stop"),
+    ({"stop": ["a", "b" * 257]}, "stop[1]"),
     ({"logit_bias": {str(token): 1 for token in range(1025)}}, "logit_bias"),
     ({"stream_options": {"include_usage": True}}, "stream_options"),
     ({"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation"),
@@ -268,7 +300,6 @@ REFUSED: list[tuple[dict[str, Any], str | None]] = [
     ({"extra_body": {"draft": "trigram"}}, "draft"),
     ({"extra_body": {"tools": []}}, "tools"),
     ({"extra_body": {"response_format": {"type": "regex", "regex": "("}}}, "response_format"),
-    ({"extra_body": {"response_format": {"type": "regex", "regex": "(a{1000}){1000}"}}}, "response_format"),
     ({"extra_body": {"response_format": {"type": "json_schema"}}}, "response_format.json_schema"),
     ({"extra_body": {"min_tokens": 30}}, "min_tokens"),
     ({"extra_body": {"timeout_s": 0}}, "timeout_s"),

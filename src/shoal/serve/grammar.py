@@ -16,7 +16,10 @@ from shoal.engine.engine import Engine
 from shoal.serve.errors import ApiError
 from shoal.serve.schema import ResponseFormat
 
-LIMITS = llguidance.LLParserLimits(verbose_errors=False)  # errors of theirs that repeat no text
+LIMITS = llguidance.LLParserLimits(
+    initial_lexer_fuel=200_000, step_lexer_fuel=50_000, max_lexer_states=50_000, verbose_errors=False
+)
+"""A quarter of theirs: a token of one request may not take long in the thread that all share. Errors repeat no text."""
 
 
 class Grammars:

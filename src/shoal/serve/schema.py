@@ -15,6 +15,8 @@ Tokens = list[Annotated[int, Field(ge=0)]]
 MAX_LOGPROBS = 20
 MAX_BIASES = 1024
 MAX_STOPS = 32
+Bias = Annotated[float, Field(ge=-100, le=100)]
+"""Of logits, which are float32: with 1e308 there would be nothing left to choose from."""
 StopString = Annotated[str, Field(max_length=256)]
 """Looked for after every token by the thread that all requests share, hence no longer and no more of them."""
 
@@ -96,9 +98,9 @@ class Generate(Depth):
     n: int = Field(1, ge=1)
     stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)] = Field([])
     seed: int | None = None
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: dict[str, float] = Field({}, max_length=MAX_BIASES, description="By token id, as a string.")
+    presence_penalty: Bias = 0.0
+    frequency_penalty: Bias = 0.0
+    logit_bias: dict[str, Bias] = Field({}, max_length=MAX_BIASES, description="By token id, as a string.")
     response_format: ResponseFormat | None = None
     stream: bool = False
     stream_options: StreamOptions = StreamOptions.model_validate({})
@@ -107,7 +109,7 @@ class Generate(Depth):
     timeout_s: float | None = Field(None, gt=0, description="Seconds that it may take, waiting included.")
     top_k: int | None = Field(None, ge=1)
     min_p: float | None = Field(None, ge=0, le=1)
-    repetition_penalty: float = Field(1.0, gt=0)
+    repetition_penalty: float = Field(1.0, ge=0.01, le=100)
     min_tokens: int = Field(0, ge=0)
     ignore_eos: bool = False
     service_tier: Literal["auto", "default"] = Field("auto", description="There is one: others are refused.")
