@@ -33,7 +33,7 @@ from soak_requests import MISCHIEF, Ask, Busy, long_requests, pool
 BATCH, QUEUE = 8, 24
 OPTIONS = (
     "--dtype", "float32", "--max-batch", str(BATCH), "--max-queue", str(QUEUE), "--max-pass-tokens", "64", "--cache-gib", "0.25",
-    "--body-timeout-s", "2", "--max-body-mib", "0.25", "--max-tokens", "200", "--timeout-s", "60", "--threads", "1",
+    "--body-timeout-s", "2", "--max-body-mib", "0.25", "--max-tokens", "200", "--timeout-s", "600", "--threads", "1",
 )  # fmt: skip
 HONEST = 0.6
 """Share of the requests that are no mischief."""
@@ -146,7 +146,7 @@ def end_under_load(
     waiting = ask.metric("shoal_requests_waiting")
     server.send_signal(signal.SIGTERM)
     for thread in threads:
-        thread.join(120)
+        thread.join(600)
     lost = sum(one != other for one, other in zip(answers, expected, strict=True))
     return {"accepted": len(requests), "waiting_at_sigterm": waiting, "lost": lost, "exit_code": server.wait(60)}
 
@@ -166,8 +166,9 @@ def soak(model: str, folder: Path, *, minutes: float, num_clients: int, seed: in
             looks.append(((time.monotonic() - began) / 60, resident_kib(server.pid), sum(load.seen.values())))
         load.over.set()
         for thread in threads:
-            thread.join(120)
+            thread.join(600)
         until(lambda: not any(held(ask).values()))
+        until(lambda: len(list(Path(f"/proc/{server.pid}/fd").iterdir())) <= before["files"])
         after = {"files": len(list(Path(f"/proc/{server.pid}/fd").iterdir())), "threads": ask.threads(server.pid)}
         again = [ask(body) for body in requests]
         ending = end_under_load(ask, server, expected_last, lasting)

@@ -55,7 +55,7 @@ class Ask:
 
 def exchange(address: str, path: str, body: bytes | None = None) -> tuple[int, bytes]:
     """One request; status and body."""
-    with closing(http.client.HTTPConnection(address, timeout=120)) as connection:
+    with closing(http.client.HTTPConnection(address, timeout=600)) as connection:
         connection.request("GET" if body is None else "POST", path, body, {"content-type": "application/json"})
         answer = connection.getresponse()
         return answer.status, answer.read()

@@ -3,7 +3,7 @@
 By hand for longer, against `shoal serve shoal-e2e`:
 
     schemathesis --config-file tests/serve/schemathesis.toml run http://127.0.0.1:8000/openapi.json \\
-        --checks not_a_server_error --continue-on-failure --seed 1 --max-time 1200
+        --checks not_a_server_error --continue-on-failure --seed 1 --max-time 1200 --request-timeout 60
 """
 
 from __future__ import annotations
