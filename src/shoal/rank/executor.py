@@ -104,7 +104,10 @@ def run(
             answers.update(known)
             cost.reused += len(keys) - len(new)
             told = [answers[key] for key in keys]
-        reply = [shares if key == question else shares[::-1] for key, question, shares in zip(keys, asked.questions, told, strict=True)]
+        reply = [
+            shares if key == question else shares[::-1]
+            for key, question, shares in zip(keys, asked.questions, told, strict=True)
+        ]
 
 
 def stopped(task: Task, asked: Round, questions: Sequence[Question], told: Sequence[Shares]) -> list[int]:

@@ -22,6 +22,7 @@ from shoal.errors import InvalidInput
 from shoal.lm.contract import Usage
 from shoal.rank.questions import Question, Shares
 
+NOTHING = Usage()
 Direction = Literal["one", "both", "random"]
 
 
@@ -31,7 +32,7 @@ class Reading:
 
     logits: tuple[float, ...] | None
     """How much it prefers each document, in the order shown, up to a constant; None where its answer could not be read."""
-    usage: Usage = Usage()
+    usage: Usage = NOTHING
     """What it took."""
 
 

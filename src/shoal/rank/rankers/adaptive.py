@@ -1,8 +1,8 @@
 """Our own ranker: the next round is what is expected to gain most NDCG@k.
 
-The first stage's scores are the prior of a belief about relevance (`belief.py`). A question about i and j is worth what their places
-would gain if its answer turned them round. With m the difference of their means (i being ahead), v its variance, s the blur of the
-noise, the difference's mean after the answer is spread by r = v / sqrt(v + s^2), and
+The first stage's scores are the prior of a belief about relevance (`belief.py`). A question about i and j is worth what their
+places would gain if its answer turned them round. With m the difference of their means (i being ahead), v its variance, s the
+blur of the noise, the difference's mean after the answer is spread by r = v / sqrt(v + s^2), and
 
     worth(i, j) = |D(i) - D(j)| E[max(0, -m')],  m' ~ N(m, r^2)
                 = |D(i) - D(j)| (r phi(m / r) - m Phi(-m / r))

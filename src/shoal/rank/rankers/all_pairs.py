@@ -1,4 +1,7 @@
-"""PRP-Allpair (Qin et al. 2023): every pair once, documents by wins and half their ties; equal scores keep the first stage's order."""
+"""PRP-Allpair (Qin et al. 2023): every pair once, documents by wins and half their ties.
+
+Equal scores keep the first stage's order.
+"""
 
 from __future__ import annotations
 

@@ -4,10 +4,10 @@ A noise model says how an answer about i and j comes from their difference d = t
 
     P(i wins | d) = e + (1 - 2 e) Phi(d / s)
 
-`s` blurs close pairs, `e` turns over any answer. Each model holds a mean [n] and a covariance [n, n], and after each answer the Gaussian
-that matches the first two moments of the exact posterior (assumed-density filtering, as in TrueSkill, with the full covariance: an
-answer about i and j moves all documents that are correlated with them). The models are weighted by how well each predicted the answers
-before it saw them, which is how the noise is calibrated as the ranking goes on.
+`s` blurs close pairs, `e` turns over any answer. Each model holds a mean [n] and a covariance [n, n], and after each answer the
+Gaussian that matches the first two moments of the exact posterior (assumed-density filtering, as in TrueSkill, with the full
+covariance: an answer about i and j moves all documents that are correlated with them). The models are weighted by how well each
+predicted the answers before it saw them, which is how the noise is calibrated as the ranking goes on.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Bubblesort from the bottom up, one pass per place that matters.
 
-Each comparison needs the one before it, so rounds are single questions. Neighbours meet again in later passes; where answers are kept
-(`reuse`) those cost nothing, and on lists that are nearly sorted that is most of them.
+Each comparison needs the one before it, so rounds are single questions. Neighbours meet again in later passes; where answers are
+kept (`reuse`) those cost nothing, and on lists that are nearly sorted that is most of them.
 """
 
 from __future__ import annotations

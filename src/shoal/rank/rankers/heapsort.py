@@ -40,7 +40,9 @@ class Heapsort:
                 yield from self._sift(heap, 0, standing)
         return taken
 
-    def _sift(self, heap: list[int], node: int, standing: Callable[[], Standing]) -> Generator[Round, list[Shares], None]:
+    def _sift(
+        self, heap: list[int], node: int, standing: Callable[[], Standing]
+    ) -> Generator[Round, list[Shares], None]:
         """Let the document at `node` sink below children that beat it."""
         while (first := self.children * node + 1) < len(heap):
             places = list(range(first, min(first + self.children, len(heap))))

@@ -1,10 +1,11 @@
 """Mohajer, Suh and Elmahdy (ICML 2017): tournaments in k groups, and a heap of their champions.
 
-Group r holds the first stage's ranks r, r + k, r + 2k, ..., so that strong documents are spread. Each group plays single elimination,
-all groups at once. The heap's best is an answer; its group plays again without it, and its new champion enters the heap.
+Group r holds the first stage's ranks r, r + k, r + 2k, ..., so that strong documents are spread. Each group plays single
+elimination, all groups at once. The heap's best is an answer; its group plays again without it, and its new champion enters the
+heap.
 
-Group 0 of n = 8, k = 2 plays 0-2 4-6, then 0-4. When 0 is taken, with the tree kept only 2's path is played again: 2 has nobody left
-to beat in the first match, and meets 4 in the second.
+Group 0 of n = 8, k = 2 plays 0-2 4-6, then 0-4. When 0 is taken, with the tree kept only 2's path is played again: 2 has nobody
+left to beat in the first match, and meets 4 in the second.
 """
 
 from __future__ import annotations

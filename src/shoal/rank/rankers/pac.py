@@ -1,8 +1,8 @@
 """PAC best-k in its cheap form (Agarwal et al. 2022, as adapted for reranking): a pool against anchors, then bubblesort.
 
-Anchors stand at even distances in the first stage's order. Every document of the pool meets every anchor, in one round. The winners
-over an anchor are a set, small where the anchor is strong; sets are united from the smallest on until k documents are in, the k best
-of them by the first stage are kept and sorted.
+Anchors stand at even distances in the first stage's order. Every document of the pool meets every anchor, in one round. The
+winners over an anchor are a set, small where the anchor is strong; sets are united from the smallest on until k documents are in,
+the k best of them by the first stage are kept and sorted.
 """
 
 from __future__ import annotations

@@ -3,15 +3,15 @@
 All documents of a segment meet the same pivot, independently: one round. Segments on both sides of a pivot do not depend on each
 other either, so all that are open share a round. A segment that begins at place k or later is left alone.
 
-Example, k = 2 of 5 with pivot c in a b c d e: the round asks a-c b-c d-c e-c; where d and e win, the segments are [d e] c [a b], and
-only the first is open.
+Example, k = 2 of 5 with pivot c in a b c d e: the round asks a-c b-c d-c e-c; where d and e win, the segments are [d e] c [a b],
+and only the first is open.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from shoal.rank.questions import Round, Rounds, Task
+from shoal.rank.questions import Question, Round, Rounds, Task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,9 +26,13 @@ class Quicksort:
     def rounds(self, task: Task) -> Rounds:
         """As in `Ranker`."""
         segments = [list(range(task.n))]
-        pivot_first = False  # alternates, so that a comparator with a position bias does not meet the pivot on one side only
+        pivot_first = (
+            False  # alternates, so that a comparator with a position bias does not meet the pivot on one side only
+        )
         while True:
-            start, opened, questions = 0, [], []
+            start = 0
+            opened: list[tuple[int, int, list[int]]] = []
+            questions: list[Question] = []
             for place, segment in enumerate(segments):
                 if start < task.k and len(segment) > 1 and (self.pooled or not opened):
                     pivot = segment[len(segment) // 2]
@@ -42,7 +46,8 @@ class Quicksort:
             answers = iter((yield Round(questions, lambda: current)))  # noqa: B023 read before `current` changes
             parted = {}
             for place, pivot, others in opened:
-                left, right = [], []
+                left: list[int] = []
+                right: list[int] = []
                 middle = len(others) // 2 if len(others) % 2 == 0 else (len(others) + 1) // 2
                 for at, one in enumerate(others):
                     shares = next(answers)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from shoal.rank.aggregate import bradley_terry
-from shoal.rank.questions import Question, Round, Rounds, Shares, Task
+from shoal.rank.questions import Question, Round, Rounds, Shares, Standing, Task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,15 +26,20 @@ class Tournament:
         told: list[Shares] = []
 
         def rated() -> list[int]:
-            return list(np.argsort(-bradley_terry(task.n, asked, told), kind="stable"))
+            return [int(one) for one in np.argsort(-bradley_terry(task.n, asked, told), kind="stable")]
+
+        def standing() -> Standing:
+            return [[one] for one in rated()] if asked else []
 
         for _ in range(self.brackets):
             alive = [int(one) for one in generator.permutation(task.n)]
             while len(alive) > 1:
                 pairs = list(zip(alive[::2], alive[1::2], strict=False))
-                answers = yield Round(pairs, lambda: [[one] for one in rated()] if asked else [])
+                answers = yield Round(pairs, standing)
                 asked += pairs
                 told += answers
-                winners = [pair[0] if shares[0] >= shares[1] else pair[1] for pair, shares in zip(pairs, answers, strict=True)]
+                winners = [
+                    pair[0] if shares[0] >= shares[1] else pair[1] for pair, shares in zip(pairs, answers, strict=True)
+                ]
                 alive = winners + alive[2 * len(pairs) :]
         return rated()
