@@ -17,6 +17,7 @@ from shoal.cli.frontier import frontier
 from shoal.cli.generate import generate
 from shoal.cli.info import info
 from shoal.cli.plan import plan
+from shoal.cli.rank import rank
 from shoal.cli.report import report
 from shoal.cli.reproduce import reproduce
 from shoal.cli.route import route
@@ -67,7 +68,7 @@ def main(
 
 
 generating, measuring = (generate, serve, plan), (voids, frontier, route, suits, defer, draft_plan, report, reproduce)
-for command in (*generating, info, convert, tune, *measuring):
+for command in (*generating, rank, info, convert, tune, *measuring):
     app.command()(command)
 
 
