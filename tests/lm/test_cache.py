@@ -169,7 +169,11 @@ def test_not_a_cache(tmp_path: Path) -> None:
     """Another file, a directory, another version: refused, and left as it is."""
     other = tmp_path / "notes.txt"
     other.write_text("not a database, but long enough to be looked at " * 50)
-    for path, said in ((other, "is no cache"), (tmp_path, "cannot be a cache"), (tmp_path / "no" / "where", "directory")):
+    for path, said in (
+        (other, "is no cache"),
+        (tmp_path, "cannot be a cache"),
+        (tmp_path / "no" / "where", "directory"),
+    ):
         with pytest.raises(InvalidInput, match=said):
             AnswerCache(path)
     later = tmp_path / "later"

@@ -87,7 +87,9 @@ def test_tools(local: LocalModel) -> None:
     job = ChatJob(messages=(Message(role="user", content="x"),), tools=(tool,), decoding=Decoding(max_new_tokens=1))
     (reply,) = local.chat([job])
     assert reply.usage.prompt_tokens == len("[add]<user>x<assistant>")
-    text, calls = parse_calls('a <tool_call>{"name": "add", "arguments": {"x": 1}}</tool_call> b <tool_call>{x}</tool_call>')
+    text, calls = parse_calls(
+        'a <tool_call>{"name": "add", "arguments": {"x": 1}}</tool_call> b <tool_call>{x}</tool_call>'
+    )
     assert text == "a  b <tool_call>{x}</tool_call>"
     assert [(call.name, dict(call.arguments)) for call in calls] == [("add", {"x": 1})]
 
@@ -138,12 +140,12 @@ def completion(text: str = "x", logprobs: dict[str, Any] | None = None) -> dict[
 
 def test_dropped_logprobs_are_loud() -> None:
     """A server that ignores `logprobs` is named, with what to do; so is one that refuses."""
-    with answering((200, completion())) as (url, _):
-        with pytest.raises(NoLogprobs, match="without the log-probabilities.*mode='generate'"):
-            RemoteModel(url, "m").score(JOBS[:1])
-    with answering((400, {"error": {"message": "logprobs are not supported"}})) as (url, _):
-        with pytest.raises(LanguageModelError, match="answered 400.*logprobs are not supported"):
-            RemoteModel(url, "m").score(JOBS[:1])
+    said = r"without the log-probabilities.*mode='generate'"
+    with answering((200, completion())) as (url, _), pytest.raises(NoLogprobs, match=said):
+        RemoteModel(url, "m").score(JOBS[:1])
+    refusal, said = {"error": {"message": "logprobs are not supported"}}, r"answered 400.*logprobs are not supported"
+    with answering((400, refusal)) as (url, _), pytest.raises(LanguageModelError, match=said):
+        RemoteModel(url, "m").score(JOBS[:1])
 
 
 def test_retries_then_answers_and_gives_up() -> None:

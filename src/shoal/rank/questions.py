@@ -75,6 +75,11 @@ def beats(shares: Shares) -> bool:
     return shares[0] > 0.5
 
 
+def goes_first(question: Question, shares: Shares) -> bool:
+    """Whether the first of a pair is preferred; a tie goes to the one that the first stage prefers."""
+    return shares[0] > 0.5 or (shares[0] == 0.5 and question[0] < question[1])
+
+
 def settle(n: int, standing: Standing, questions: Sequence[Question] = (), answers: Sequence[Shares] = ()) -> list[int]:
     """All documents in order, from what is known: known winners first, then the first stage's order.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
-from shoal.rank.questions import Round, Rounds, Shares, Standing, Task, beats
+from shoal.rank.questions import Round, Rounds, Shares, Standing, Task, goes_first
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,17 +48,19 @@ class Heapsort:
             places = list(range(first, min(first + self.children, len(heap))))
             if self.setwise:
                 (shares,) = yield Round([(heap[node], *(heap[place] for place in places))], standing)
-                best = max(range(len(shares)), key=lambda one: shares[one])
-                if best == 0 or shares[best] <= shares[0]:
+                shown = [node, *places]
+                winner = max(shown, key=lambda place: (shares[shown.index(place)], -heap[place]))
+                if winner == node:
                     return
-                winner = places[best - 1]
             else:
                 winner = places[0]
                 for place in places[1:]:
-                    (shares,) = yield Round([(heap[place], heap[winner])], standing)
-                    winner = place if beats(shares) else winner
-                (shares,) = yield Round([(heap[winner], heap[node])], standing)
-                if not beats(shares):
+                    question = (heap[place], heap[winner])
+                    (shares,) = yield Round([question], standing)
+                    winner = place if goes_first(question, shares) else winner
+                question = (heap[winner], heap[node])
+                (shares,) = yield Round([question], standing)
+                if not goes_first(question, shares):
                     return
             heap[node], heap[winner] = heap[winner], heap[node]
             node = winner

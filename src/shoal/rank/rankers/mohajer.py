@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
-from shoal.rank.questions import Question, Round, Rounds, Shares, Standing, Task, beats
+from shoal.rank.questions import Question, Round, Rounds, Shares, Standing, Task, goes_first
 from shoal.rank.rankers.bubblesort import bubble
 
 Tree = list[list[int | None]]
@@ -81,8 +81,9 @@ class Mohajer:
             below, place = tree[level - 1], place // 2
             pair = [one for one in below[2 * place : 2 * place + 2] if one is not None]
             if len(pair) == 2:
-                (shares,) = yield Round([(pair[1], pair[0])], standing)
-                tree[level][place] = pair[1] if beats(shares) else pair[0]
+                question = (pair[1], pair[0])
+                (shares,) = yield Round([question], standing)
+                tree[level][place] = question[0] if goes_first(question, shares) else question[1]
             else:
                 tree[level][place] = pair[0] if pair else None
         return tree[-1][0]
@@ -111,7 +112,7 @@ def play(trees: list[Tree], standing: Callable[[], Standing]) -> Generator[Round
             tree.append(above)
         answers = yield Round([question for _, question in matches], standing)
         for (above, question), shares in zip(matches, answers, strict=True):
-            above.append(question[0] if beats(shares) else question[1])
+            above.append(question[0] if goes_first(question, shares) else question[1])
         for tree in trees:
             if len(tree) > 1 and len(tree[-1]) < (len(tree[-2]) + 1) // 2:
                 tree[-1].append(tree[-2][-1])
@@ -121,10 +122,12 @@ def sink(heap: list[int], node: int, standing: Callable[[], Standing]) -> Genera
     """Let the document at `node` sink below children that beat it."""
     while (child := 2 * node + 1) < len(heap):
         if child + 1 < len(heap):
-            (shares,) = yield Round([(heap[child + 1], heap[child])], standing)
-            child += beats(shares)
-        (shares,) = yield Round([(heap[child], heap[node])], standing)
-        if not beats(shares):
+            question = (heap[child + 1], heap[child])
+            (shares,) = yield Round([question], standing)
+            child += goes_first(question, shares)
+        question = (heap[child], heap[node])
+        (shares,) = yield Round([question], standing)
+        if not goes_first(question, shares):
             return
         heap[node], heap[child] = heap[child], heap[node]
         node = child
