@@ -62,6 +62,7 @@ def rank(
     ] = None,
     plan: Annotated[bool, option("Asking", "Say what it would cost, and ask nothing.", "--plan")] = False,
     batch: Annotated[int, option("Model", "Prompts that run together.")] = 32,
+    max_retries: Annotated[int, option("Model", "Of a request to a server.")] = 5,
     dtype: options.Dtype = "auto",
     device: Annotated[str, option("Model", "Of a checkpoint: cpu, cuda or cuda:1.")] = "cpu",
 ) -> None:
@@ -99,7 +100,7 @@ def rank(
         cost = forecast(len(jobs[0].texts), k, made, batch, budget=budget, direction=direction)
         console.print(forecast_line(cost, len(jobs), batch), highlight=False)
         return
-    asked = load_model(model, **model_options(model, batch, dtype, device, chat))
+    asked = load_model(model, **model_options(model, batch, dtype, device, chat, max_retries))
     kept = cache or (None if out is None else out.with_name(out.name + ".answers"))
     if kept is not None:
         asked = CachedModel(asked, AnswerCache(kept))
@@ -136,7 +137,7 @@ def jobs_of(query: str | None, queries: Path | None, run: Path | None, docs: Pat
     return jobs_of_run(run, read_queries(queries), texts, depth=depth)
 
 
-def model_options(model: str, batch: int, dtype: str, device: str, chat: bool) -> dict[str, Any]:
+def model_options(model: str, batch: int, dtype: str, device: str, chat: bool, max_retries: int) -> dict[str, Any]:
     """Options of a checkpoint or of a server."""
     if not model.startswith(("http://", "https://")):
         return {"dtype": dtype, "device": device, "max_batch": batch}
@@ -144,7 +145,10 @@ def model_options(model: str, batch: int, dtype: str, device: str, chat: bool) -
 
     if dtype != "auto" or device != "cpu":
         raise InvalidInput("--dtype and --device are for checkpoints that run here: a server decides its own")
-    return {"limits": RemoteLimits(concurrency=batch), "api": "chat" if chat else "completions"}
+    return {
+        "limits": RemoteLimits(concurrency=batch, max_retries=max_retries),
+        "api": "chat" if chat else "completions",
+    }
 
 
 def write(out: Path, jobs: list[RankJob], done: dict[str, Ranking], ranker: str) -> None:
