@@ -98,20 +98,20 @@ def test_labels_are_those_of_the_reference(max_pass_tokens: int, decoder_by: Exe
 def test_each_operator_on_stored_tensors() -> None:
     """Padding counts for nothing: prompts of 3, 1 and 8 rows, padded to 8 with rubbish, as training reads them."""
     shape = ModelShape(
-        num_layers=4, hidden_size=24, num_heads=2, num_kv_heads=2, head_dim=12, intermediate_size=48, gated_mlp=False,
+        num_layers=4, hidden_size=48, num_heads=2, num_kv_heads=2, head_dim=24, intermediate_size=48, gated_mlp=False,
         vocab_size=50,
     )  # fmt: skip
     generator = torch.Generator().manual_seed(1)
     lengths = [3, 1, 8]
-    x = torch.randn(5, 3, 8, 24, generator=generator)
+    x = torch.randn(5, 3, 8, 48, generator=generator)
     mask = torch.arange(8) < torch.tensor(lengths).unsqueeze(1)
     for name, kind in KINDS.items():
         if name == "lower levels":
             continue
         made = ProbeSettings(
-            **{"name": name, "classes": ("a", "b"), "hidden_size": 24, "num_levels": 5, "shape": shape, **kind}
+            **{"name": name, "classes": ("a", "b"), "hidden_size": 48, "num_levels": 5, "shape": shape, **kind}
         )
-        probe = Probe(made, {key: torch.randn(size, generator=generator) for key, size in made.sizes().items()})
+        probe = Probe(made, {key: torch.randn(size, generator=generator) / 48**0.5 for key, size in made.sizes().items()})
         vectors = probe.layer_stage(probe.token_stage(x, mask))
         for row, length in enumerate(lengths):
             vector, logits = reference.probe_logits(
