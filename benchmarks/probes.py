@@ -4,12 +4,13 @@
 
 The same batch with and without probes, by turns in one engine: every layer, one new token; the time is that of the passes. Weights
 of models and probes are random: what they say does not change what they take. Probes read all levels; attention is down-cast by 32
-and has 4 heads.
+and has 4 heads. Processor time is that of all threads: on a machine with other work it says what waiting hides.
 """
 
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -60,11 +61,13 @@ def random_probe(engine: Engine, number: int, settings: dict[str, Any]) -> Probe
     return Probe(made, {**tensors, "familiar_distances": tensors["familiar_distances"].sort().values})
 
 
-def read_s(engine: Engine, prompts: Sequence[list[int]], observer: Any) -> tuple[float, int]:
-    """Seconds of the passes that read the prompts, and what the probes' operations were."""
+def read_s(engine: Engine, prompts: Sequence[list[int]], observer: Any) -> tuple[float, float, int]:
+    """Seconds of the passes that read the prompts, seconds of the processors, and what the probes' operations were."""
     engine.stats.reset()
+    began = time.process_time()
     done = engine.generate(prompts, Sampling(max_new_tokens=1, ignore_eos=True), probes=observer)
-    return engine.stats.prompt_s, sum(one.ledger.probe_flops for one in done)
+    busy_s = time.process_time() - began
+    return engine.stats.prompt_s, busy_s, sum(one.ledger.probe_flops for one in done)
 
 
 def measure(name: str, dtype: str, options: argparse.Namespace, directory: Path) -> Iterator[dict[str, Any]]:
@@ -87,6 +90,7 @@ def measure(name: str, dtype: str, options: argparse.Namespace, directory: Path)
         interleaved(variants, 1)
         samples = interleaved(variants, options.rounds)
         seconds = {label: [one[0] for one in timed] for label, timed in samples.items()}
+        busy = {label: [one[1] for one in timed] for label, timed in samples.items()}
         (done,) = engine.generate(prompts[:1], Sampling(max_new_tokens=1))
         yield {
             "case": {"model": name, "dtype": dtype, "batch": batch, "prompt_tokens": length},
@@ -97,7 +101,8 @@ def measure(name: str, dtype: str, options: argparse.Namespace, directory: Path)
                     "probes": label,
                     "prompt_s": spread(timed),
                     "over_none": paired(timed, seconds["none"]),
-                    "flops_share": rounded(samples[label][0][1] / (batch * done.ledger.prompt_flops)),
+                    "busy_over_none": paired(busy[label], busy["none"]),
+                    "flops_share": rounded(samples[label][0][2] / (batch * done.ledger.prompt_flops)),
                     "parameters": sum(probe.num_parameters for probe in getattr(observers[label], "probes", ())),
                 }
                 for label, timed in seconds.items()
@@ -105,7 +110,10 @@ def measure(name: str, dtype: str, options: argparse.Namespace, directory: Path)
         }
 
 
-HEADER = ("probes", "parameters", "FLOPs, % of the prompt's", "prompt ms", "min..max", "time over none", "min..max")
+HEADER = (
+    *("probes", "parameters", "FLOPs, % of the prompt's", "prompt ms", "min..max", "time over none", "min..max"),
+    *("processor time over none", "min..max"),
+)
 
 
 def describe(run: dict[str, Any]) -> str:
@@ -114,7 +122,7 @@ def describe(run: dict[str, Any]) -> str:
     rows = []
     for row in run["variants"]:
         in_ms = {key: 1e3 * value for key, value in row["prompt_s"].items()}
-        over = row["over_none"]
+        over, busy = row["over_none"], row["busy_over_none"]
         rows.append(
             [
                 row["probes"],
@@ -124,6 +132,8 @@ def describe(run: dict[str, Any]) -> str:
                 f"{in_ms['min']:.1f}..{in_ms['max']:.1f}",
                 f"{over['median']:.3f}",
                 extent(over),
+                f"{busy['median']:.3f}",
+                extent(busy),
             ]
         )
     title = f"{case['model']}, {case['dtype']}, {case['batch']} prompts of {case['prompt_tokens']} tokens, {run['rounds']} rounds"
