@@ -15,6 +15,9 @@ PENALTIES = (1e-4, 1e-3)
 STRENGTHS = (1.0, 10.0)
 """Inverse L2 penalties of the bag of words that are tried."""
 
+WORD = r"\w+|[^\w\s]+"
+"""What counts as a word: letters and digits, or signs."""
+
 
 def muli(logits: Floats, labels: Ints, train: Ints, validation: Ints, *, seed: int = 0) -> tuple[Any, float]:
     """Sparse logistic regression on the logits after the prompt (Hu et al. 2024, arXiv 2405.18822), the same pass's.
@@ -41,7 +44,7 @@ def bag_of_words(
     from sklearn.pipeline import make_pipeline
 
     def make(strength: float) -> Any:
-        words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=2)
+        words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=WORD)
         return make_pipeline(words, LogisticRegression(C=strength, max_iter=1000, random_state=seed))
 
     return best_of([make(strength) for strength in STRENGTHS], np.array(texts, dtype=object), labels, train, validation)
