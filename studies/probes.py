@@ -3,9 +3,9 @@
     python studies/probes.py --model ~/.cache/shoal/studies/general_model/general --data ../shared/data --seeds 0 1 2 --save
 
 Sentiment, bank intents, hate speech and harmful prompts, classified from the states of the pass that reads a prompt: pooling, gate
-and attention, beside MULI (the first token's logits of the same pass) and a bag of words (no model). The search for settings runs with
-the first seed, the others take its choice; a seed changes the split into training and validation, order and random weights. The test
-sets are read once. Gates that read the lower levels only say how deep the information lies (first seed).
+and attention, beside MULI (the first token's logits of the same pass) and a bag of words (no model). The search for settings runs
+with the first seed, the others take its choice; a seed changes the split into training and validation, order and random weights.
+Test sets are read once. Gates that read the lower levels only say how deep the information lies (first seed).
 
 The rule, written before the runs: the gate is at least as good as pooling where its mean F1 over the seeds is (of more than two
 classes, the mean over classes).
@@ -254,7 +254,8 @@ def describe(result: dict[str, Any]) -> str:
     )
     return "\n\n".join(
         [
-            f"Test sets, mean ± standard deviation of {len(result['seeds'])} seeds; F1 and AUPRC of more than two classes are means over them.",
+            f"Test sets, mean ± standard deviation of {len(result['seeds'])} seeds; F1 and AUPRC of more than two "
+            "classes are means over them.",
             table(header, rows),
             "F1 of gates that read the lowest levels only (level 0 is the embedding), in %, first seed:",
             table(("levels read", *map(str, counts), "all"), deep),

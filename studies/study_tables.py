@@ -12,6 +12,7 @@ from pathlib import Path
 
 import deep_reading
 import long_outputs
+import probes
 import recipe_table
 import self_drafting
 import suits_order
@@ -28,6 +29,7 @@ DESCRIBE = {
     "long_outputs": long_outputs.describe,
     "suits_order": suits_order.describe,
     "self_drafting": self_drafting.describe,
+    "probes": probes.describe,
     "reproduction": reproduce_tables.describe,
 }
 

@@ -89,7 +89,7 @@ def extract(
     lengths = np.array([len(ids) for ids in prompts])
     levels, d, vocab = engine.shape.num_layers + 1, engine.shape.hidden_size, engine.shape.vocab_size
     dtype = engine.runner.decoder.dtype
-    sizes = {"pooled": (torch.float32, (len(prompts), 2, levels, d))}
+    sizes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {"pooled": (torch.float32, (len(prompts), 2, levels, d))}
     if tokens:
         sizes["tokens"] = (dtype, (int(lengths.sum()), levels, d))
     if logits:

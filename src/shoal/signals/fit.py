@@ -122,8 +122,8 @@ class Fitted:
 def fit(
     states: States,
     labels: Ints,
-    train: Sequence[int],
-    validation: Sequence[int],
+    train: Ints,
+    validation: Ints,
     *,
     classes: tuple[str, ...],
     name: str,
@@ -138,7 +138,7 @@ def fit(
     an attention probe. Raises `InvalidInput` where a class has no prompt to train on or to validate with.
     """
     for part, places in {"train on": train, "validate with": validation}.items():
-        missing = set(range(len(classes))) - set(labels[list(places)].tolist())
+        missing = set(range(len(classes))) - set(labels[places].tolist())
         if missing and (part == "train on" or len(classes) == 2):
             raise InvalidInput(f"class {classes[missing.pop()]!r} has no prompt to {part}: give more of them")
     shape = model.shape
@@ -154,7 +154,7 @@ def fit(
         shape=shape,
         fingerprint=model.fingerprint,
     )
-    data = Data(states, torch.from_numpy(labels), np.array(train), np.array(validation))
+    data = Data(states, torch.from_numpy(labels), train, validation)
     tried: list[tuple[Trial, Probe]] = []
     wanted = config.trials(shape.hidden_size)
     for number, one in enumerate(wanted):
@@ -202,7 +202,7 @@ class Data:
         lengths = self.states.lengths
         ordered = np.concatenate([window[np.argsort(lengths[window], kind="stable")] for window in windows])
         batches = [ordered[at : at + size] for at in range(0, len(ordered), size)]
-        generator.shuffle(batches)  # type: ignore[arg-type]
+        generator.shuffle(batches)
         return batches
 
 

@@ -202,9 +202,11 @@ class Probe:
             mask = torch.ones(levels.shape[:-1], dtype=torch.bool, device=levels.device)
             return gate_weights(levels, self.tensors["layer_gate"], mask, ours.gate_scale)
         if ours.operator == "attention":
-            q, k, _ = (levels @ self.tensors["layer_qkv"]).unflatten(-1, (3, ours.heads, -1)).unbind(dim=-3)
-            scores = q.transpose(-3, -2) @ k.transpose(-3, -2).transpose(-2, -1) / q.shape[-1] ** 0.5
-            return scores.softmax(dim=-1).mean(dim=(-3, -2))
+            by_head = (*levels.shape[:-1], ours.heads, ours.width // ours.heads)
+            q, k, _ = ((levels @ part).view(by_head) for part in self.tensors["layer_qkv"].chunk(3, dim=-1))
+            scores = q.transpose(-3, -2) @ k.transpose(-3, -2).transpose(-2, -1) / by_head[-1] ** 0.5
+            weights: Tensor = scores.softmax(dim=-1)
+            return weights.mean(dim=(-3, -2))
         return torch.full(levels.shape[:-1], 1 / levels.shape[-2], device=levels.device)
 
     def logits(self, vectors: Tensor) -> Tensor:
