@@ -244,7 +244,7 @@ def spent(ledger: Ledger, num_layers: int, drafting: DraftStats | None) -> dict[
         "layer_tokens": ledger.layer_tokens,
         "layer_tokens_saved": ledger.layer_tokens_saved,
         "flops": flops,
-        "probe_flops": ledger.probe_flops,
         "flops_saved": ledger.dense_prompt_flops + ledger.dense_decode_flops - flops,
         "draft": draft,
+        **({"probe_flops": ledger.probe_flops} if ledger.probe_flops else {}),
     }
