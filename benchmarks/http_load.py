@@ -1,12 +1,13 @@
 """A client that loads a server over HTTP and takes little of the cores that it shares with it.
 
 Raw asyncio streams and no JSON: a client's library would take a tenth of a core for what is a timestamp per token here. An event with
-text is a token; servers that put several into one are refused by their number.
+text is a token; a server that is behind may put several into one, so the number of tokens is the one that its `usage` says.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -21,7 +22,8 @@ class Answer:
     sent_s: float
     """The connection is asked for."""
     token_s: Sequence[float]
-    """Each token is here."""
+    """Each event with text is here: a token, or several that come together."""
+    num_tokens: int
 
     @property
     def first_s(self) -> float:
@@ -36,7 +38,7 @@ class Answer:
     @property
     def per_token_s(self) -> float:
         """TPOT: the mean gap."""
-        return (self.token_s[-1] - self.token_s[0]) / (len(self.token_s) - 1)
+        return (self.token_s[-1] - self.token_s[0]) / (self.num_tokens - 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +47,7 @@ class Target:
 
     port: int
     body: Callable[[int], bytes]
-    """JSON of the n-th request."""
+    """JSON of the n-th request; it asks for a stream with usage."""
     new_tokens: int
     """Tokens that every answer has to have."""
 
@@ -61,18 +63,24 @@ class Target:
             )
             status = await reader.readline()
             if b" 200 " not in status:
-                raise RuntimeError(f"{status.decode().strip()}: {(await reader.read()).decode(errors='replace')[-500:]}")
-            token_s = []
+                raise RuntimeError(
+                    f"{status.decode().strip()}: {(await reader.read()).decode(errors='replace')[-500:]}"
+                )
+            token_s, last = [], b""
             async for line in reader:
-                if line.startswith(b"data: {") and b'"text":""' not in line:
-                    token_s.append(time.perf_counter())
+                if line.startswith(b"data: {"):
+                    last = line
+                    if b'"text":"' in line and b'"text":""' not in line:
+                        token_s.append(time.perf_counter())
         finally:
             writer.close()
             with suppress(OSError):
                 await writer.wait_closed()
-        if len(token_s) != self.new_tokens:
-            raise RuntimeError(f"{self.new_tokens} tokens were asked for, {len(token_s)} events came")
-        return Answer(sent_s=sent_s, token_s=token_s)
+        if b'"completion_tokens":%d' % self.new_tokens not in last or len(token_s) < 2:
+            raise RuntimeError(
+                f"not {self.new_tokens} tokens in {len(token_s)} events; the last one: {last.decode()[-300:]}"
+            )
+        return Answer(sent_s=sent_s, token_s=token_s, num_tokens=self.new_tokens)
 
 
 def arrivals(rate_per_s: float, count: int, seed: int) -> list[float]:
@@ -84,36 +92,36 @@ def arrivals(rate_per_s: float, count: int, seed: int) -> list[float]:
     return times
 
 
-async def open_loop(target: Target, times: Sequence[float], first: int = 0) -> list[Answer]:
-    """Send requests `first`, `first + 1`, ... at `times`, however many are unanswered, and wait for all."""
+async def open_loop(target: Target, times: Sequence[float]) -> list[Answer]:
+    """Send a request at each of `times`, however many are unanswered, and wait for all."""
 
     async def later(number: int, at: float) -> Answer:
         await asyncio.sleep(at)
         return await target.ask(number)
 
-    return await asyncio.gather(*(later(first + place, at) for place, at in enumerate(times)))
+    return await asyncio.gather(*(later(place, at) for place, at in enumerate(times)))
 
 
 async def closed_loop(
-    target: Target, *, clients: int, spacing_s: float, warm_up: int, measured: int, first: int = 0
+    target: Target, *, begins_s: Sequence[float], warm_up: int, measured: int
 ) -> tuple[list[Answer], float]:
-    """Clients that each send their next request when they have the answer to their last, beginning one after the other.
+    """Clients, one for each of `begins_s`, that send their next request when they have the answer to their last.
 
     Returns the `measured` answers that come after the first `warm_up`, and the seconds from the last of these to the last of those:
     where answers come in waves, that is from a place in a wave to the same place in another. What is unanswered then is dropped.
     """
-    numbers = iter(range(first, 10**9))
+    numbers = itertools.count()
     answers: list[Answer] = []
     enough: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
-    async def client(place: int) -> None:
-        await asyncio.sleep(place * spacing_s)
+    async def client(begin_s: float) -> None:
+        await asyncio.sleep(begin_s)
         while not enough.done():
             answers.append(await target.ask(next(numbers)))
             if len(answers) == warm_up + measured:
                 enough.set_result(None)
 
-    tasks = [asyncio.ensure_future(client(place)) for place in range(clients)]
+    tasks = [asyncio.ensure_future(client(begin_s)) for begin_s in begins_s]
     try:
         await asyncio.wait([enough, *tasks], return_when=asyncio.FIRST_COMPLETED)
     finally:

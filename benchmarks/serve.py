@@ -18,19 +18,24 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.console import Console
 
 from gates import print_gates
 from http_load import Answer, Target, arrivals, closed_loop, open_loop
 from machine import conditions
 from models import MODELS, random_checkpoint, random_prompts
+from peers.servers import SERVERS, PeerServer
 from report import interleaved, paired, parser, print_json, rounded, save, spread
 from samples import workplace
 from serve_process import MODEL, ServerProcess
@@ -40,12 +45,13 @@ SATURATED = "saturated"
 LOADS = ("0.3", "0.6", "0.9", "1.2", "1.6", SATURATED)
 PROMPT_TOKENS = 32
 NEW_TOKENS = 128
-SLOTS = 16
+SLOTS = 8
 TTFT_FACTOR, TPOT_FACTOR = 5, 2
 """The target, in times of a dense request alone."""
-ALONE = 5
+ALONE = 3
 """Requests that are asked alone."""
 NUM_PROMPTS = 1024
+console = Console(stderr=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +62,8 @@ class Variant:
     """By turns."""
     waves: bool = True
     """Whether the scheduler may let requests wait for a wave."""
+    peer: PeerServer | None = None
+    """Who is asked instead of us: dense, as it does it."""
 
 
 VARIANTS = {
@@ -89,28 +97,30 @@ class Benchmark:
         self.server, self.options = server, options
         self.prompt_tokens, self.new_tokens = (4, 8) if options.quick else (PROMPT_TOKENS, NEW_TOKENS)
         self.prompts = random_prompts(vocab_size, num_prompts=NUM_PROMPTS, num_tokens=self.prompt_tokens)
-        self.num_asked = 0
 
-    def target(self, depths: Sequence[float]) -> Target:
-        """Requests at `depths` by turns."""
+    def target(self, variant: Variant) -> Target:
+        """Requests at the variant's depths by turns, or a peer's."""
+        peer = variant.peer
 
         def body(number: int) -> bytes:
             asked = {
-                "model": MODEL,
+                "model": peer.model if peer else MODEL,
                 "prompt": self.prompts[number % NUM_PROMPTS],
                 "max_tokens": self.new_tokens,
-                "depth": depths[number % len(depths)],
                 "temperature": 0,
                 "ignore_eos": True,
                 "stream": True,
+                "stream_options": {"include_usage": True},
             }
+            if not peer:
+                asked["depth"] = variant.depths[number % len(variant.depths)]
             return json.dumps(asked).encode()
 
-        return Target(port=self.server.port, body=body, new_tokens=self.new_tokens)
+        return Target(port=peer.port if peer else self.server.port, body=body, new_tokens=self.new_tokens)
 
     def alone(self) -> dict[str, float]:
         """What a dense request takes alone, and the target that follows."""
-        target = self.target((1,))
+        target = self.target(VARIANTS["dense"])
         answers = [asyncio.run(target.ask(number)) for number in range(ALONE + 1)][1:]
         first_s = statistics.median(one.first_s for one in answers)
         per_token_s = statistics.median(one.per_token_s for one in answers)
@@ -126,27 +136,28 @@ class Benchmark:
         slots = self.options.slots
         sizes = {"prompt_tokens": self.prompt_tokens, "new_tokens": self.new_tokens}
         before = self.server.ask(waves=variant.waves)
-        expected = self.server.ask(forecast={"depths": variant.depths, "waves": variant.waves, **sizes})
+        depths = (1,) if variant.peer else variant.depths
+        expected = self.server.ask(forecast={"depths": depths, "waves": variant.waves, **sizes})
         # Dense requests are served every so often when all slots are full: that is the stagger.
         spacing_s = (expected["seconds"] or 1) / slots
         began = time.perf_counter()
         answers, seconds = asyncio.run(
             closed_loop(
-                self.target(variant.depths),
-                clients=2 * slots,
-                spacing_s=spacing_s,
+                self.target(variant),
+                begins_s=[spacing_s * min(place, slots) for place in range(2 * slots)],
                 warm_up=2 * slots,
                 measured=fillings * slots,
             )
         )
         whole_s = time.perf_counter() - began
+        console.print(f"  {len(answers)} requests in {seconds:.1f} s, {whole_s:.1f} s in all; {variant}, {expected}")
         after = self.server.ask(waves=variant.waves)
         return Sample(
             answers=answers,
             seconds=seconds,
             arrivals_s=seconds,
-            forecast=expected,
-            pass_share=(after["pass_s"] - before["pass_s"]) / whole_s,
+            forecast=None if variant.peer else expected,
+            pass_share=None if variant.peer else (after["pass_s"] - before["pass_s"]) / whole_s,
         )
 
     def loaded(self, variant: Variant, *, rate_per_s: float, requests: int, seeds: list[int]) -> Sample:
@@ -154,7 +165,7 @@ class Benchmark:
         self.server.ask(waves=variant.waves)
         times = arrivals(rate_per_s, requests, seeds.pop(0))
         began = time.perf_counter()
-        answers = asyncio.run(open_loop(self.target(variant.depths), times))
+        answers = asyncio.run(open_loop(self.target(variant), times))
         return Sample(answers=answers, seconds=time.perf_counter() - began, arrivals_s=times[-1])
 
     def capacity_per_s(self) -> float:
@@ -176,6 +187,7 @@ class Benchmark:
         return {
             "variant": label,
             "requests": len(answers),
+            "tokens_per_event": rounded(len(answers) * self.new_tokens / sum(len(one.token_s) for one in answers)),
             "offered_per_s": rounded(len(answers) / arrivals_s),
             "achieved_per_s": spread([len(sample.answers) / sample.seconds for sample in samples]),
             "tokens_per_s": spread([len(sample.answers) * self.new_tokens / sample.seconds for sample in samples]),
@@ -192,12 +204,10 @@ def percentiles(values: Sequence[float]) -> dict[str, float]:
     return {f"p{share}": rounded(float(np.percentile(values, share))) for share in (50, 95, 99)}
 
 
-def measure(benchmark: Benchmark, name: str, load: str) -> dict[str, Any]:
+def measure(benchmark: Benchmark, variants: dict[str, Variant], load: str, target: dict[str, float]) -> dict[str, Any]:
     """All variants under one load, by turns."""
     options, server = benchmark.options, benchmark.server
-    target = benchmark.alone()
     runs: dict[str, Callable[[], Sample]] = {}
-    variants = {label: VARIANTS[label] for label in options.variants}
     about: dict[str, Any] = {}
     if load == SATURATED:
         runs = {label: partial(benchmark.saturated, one, fillings=options.fillings) for label, one in variants.items()}
@@ -212,29 +222,42 @@ def measure(benchmark: Benchmark, name: str, load: str) -> dict[str, Any]:
             for label, one in variants.items()
         }
         about = {"rate_per_s": rounded(rate_per_s)}
-    samples = interleaved(runs, rounds)
+    samples: dict[str, list[Sample]] = {label: [] for label in runs}
+    began = time.monotonic()
+    for _ in range(rounds):
+        for label, one_round in interleaved(runs, 1).items():
+            samples[label] += one_round
+        if time.monotonic() - began > options.most_s:
+            break
     rows = [benchmark.row(label, samples[label], target) for label in variants]
     if load == SATURATED:
         dense = [one.seconds for one in samples["dense"]]
         for row in rows:
             ours = samples[row["variant"]]
             row["speedup"] = paired(dense, [one.seconds for one in ours])
+            if variants[row["variant"]].peer:
+                continue
             row["pass_share"] = spread([one.pass_share or 0 for one in ours])
-            row |= beside_forecast(ours, fillings=options.fillings, slots=options.slots, new_tokens=benchmark.new_tokens)
+            row |= beside_forecast(
+                ours, fillings=options.fillings, slots=options.slots, new_tokens=benchmark.new_tokens
+            )
     state = server.ask()
     run = {
-        "case": {"model": name, "dtype": options.dtype, "load": load},
+        "case": {"model": options.model, "dtype": options.dtype, "load": load},
         "conditions": conditions() | {"threads": options.threads},
         "client": "shares the cores with the server",
         "executor": state["executor"],
         "slots": options.slots,
         "prompt_tokens": benchmark.prompt_tokens,
         "new_tokens": benchmark.new_tokens,
-        "rounds": rounds,
+        "rounds": len(samples["dense"]),
         **about,
         "target": target,
         "pass_relative_error": rounded(state["relative_error"] or 0),
         "variants": rows,
+        "peers": {
+            one.peer.name: {"version": one.peer.version, "note": one.peer.note} for one in variants.values() if one.peer
+        },
     }
     return run
 
@@ -258,27 +281,34 @@ def main() -> None:
     options.add_argument("--slots", type=int, default=SLOTS, help="requests that run together")
     options.add_argument("--loads", nargs="+", default=LOADS, help="shares of the dense capacity, or saturated")
     options.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS, help="dense among them")
+    options.add_argument("--peers", nargs="*", default=[], choices=SERVERS, help="servers of others (peers/servers.py)")
     options.add_argument("--fillings", type=int, default=3, help="times that all slots are served, per round")
     options.add_argument("--load-rounds", type=int, default=2, help="rounds of Poisson arrivals")
     options.add_argument("--load-s", type=float, default=12, help="seconds of arrivals in a round")
-    options.add_argument("--keep", help="keep the checkpoint in this directory")
+    options.add_argument("--most-s", type=float, default=math.inf, help="begin no round of a load after so long")
+    options.add_argument("--keep", type=Path, help="keep the checkpoint in this directory")
     chosen = options.parse_args()
     if chosen.quick:
         chosen.model, chosen.slots, chosen.fillings, chosen.loads = "Llama-quick", 2, 2, ("0.5", SATURATED)
     runs = []
-    with workplace(chosen.keep) as directory:
+    with workplace(chosen.keep) as directory, ExitStack() as stack:
         checkpoint = random_checkpoint(chosen.model, directory, words=True)
-        with ServerProcess(checkpoint, chosen.dtype, slots=chosen.slots, threads=chosen.threads) as server:
-            benchmark = Benchmark(server, MODELS[chosen.model].vocab_size, chosen)
-            benchmark.alone()
-            for label in chosen.variants:  # what passes cost is learnt here
-                benchmark.saturated(VARIANTS[label], fillings=1)
-            for load in chosen.loads:
-                run = measure(benchmark, chosen.model, load)
-                print(describe(run), end="\n\n", flush=True)
-                if chosen.save:
-                    save("serve", [run])
-                runs.append(run)
+        sizes = {"slots": chosen.slots, "threads": chosen.threads}
+        variants = {label: VARIANTS[label] for label in chosen.variants}
+        for name in chosen.peers:
+            peer = stack.enter_context(SERVERS[name](checkpoint, chosen.dtype, **sizes))
+            variants[name] = Variant(depths=(), peer=peer)
+        server = stack.enter_context(ServerProcess(checkpoint, chosen.dtype, **sizes))
+        benchmark = Benchmark(server, MODELS[chosen.model].vocab_size, chosen)
+        target = benchmark.alone()
+        for variant in variants.values():  # what passes cost is learnt here
+            benchmark.saturated(variant, fillings=1)
+        for load in chosen.loads:
+            run = measure(benchmark, variants, load, target)
+            print(describe(run), end="\n\n", flush=True)
+            if chosen.save:
+                save("serve", [run])
+            runs.append(run)
     if chosen.gates:
         print_gates("serve", runs)
     print_json("serve", runs)
