@@ -1,7 +1,7 @@
 """A client that loads a server over HTTP and takes little of the cores that it shares with it.
 
-Raw asyncio streams and no JSON: a client's library would take a tenth of a core for what is a timestamp per token here. An event with
-text is a token; a server that is behind may put several into one, so the number of tokens is the one that its `usage` says.
+Raw asyncio streams and no JSON: a client's library would take a tenth of a core for what is a timestamp per token here. An event
+with text is a token; a server that is behind may put several into one, so the number of tokens is the one that its `usage` says.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
 
 One server process (`serve_process.py`: what `shoal serve` runs), asked by an asyncio client on the same cores (`http_load.py`): 32
 prompt + 128 new tokens, greedy, streamed, no token ends a request; each request says its depth. Random weights: depth and lengths
-decide the time. *Saturated*: a closed loop of twice as many clients as slots, beginning evenly staggered, which is the worst case for
+decide the time. *Saturated*: a closed loop of twice as many clients as slots, which begin evenly staggered, the worst case for
 depth; counted are whole fillings of the slots after as many that are not. Other loads are Poisson arrivals, in shares of what the
 step-time model forecasts that the server can do with every layer.
 

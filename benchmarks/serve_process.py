@@ -1,7 +1,7 @@
 """The server that `shoal serve` runs, in a process of its own that also answers the benchmark: forecasts, waves or none, what ran.
 
-`python serve_process.py CHECKPOINT DTYPE SLOTS THREADS`; its first line says its port, then every line in is a request and every line
-out its answer (`ServerProcess.ask`).
+`python serve_process.py CHECKPOINT DTYPE SLOTS THREADS`; its first line says its port, then every line in is a request and every
+line out its answer (`ServerProcess.ask`).
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def forecast(
         policy_at("skipdecode", depth).plan(num_layers, prompt_tokens=prompt_tokens, max_new_tokens=new_tokens)
         for depth in depths
     ]
-    level, dense = num_slots - 1, any(ALWAYS == min(plan.cutoffs) for plan in plans)
+    level, dense = num_slots - 1, any(min(plan.cutoffs) == ALWAYS for plan in plans)
     running = [new_tokens * place // num_slots for place in range(num_slots - 1)]  # passes done; one slot is free
     if waves and not dense:
         level = fill_level(
