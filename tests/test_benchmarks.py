@@ -146,5 +146,6 @@ def test_the_server_is_asked_at_every_load_by_every_variant() -> None:
                 percentiles = list(row[latency].values())
                 assert percentiles == sorted(percentiles)
             assert row["goodput_per_s"] == pytest.approx(row["good_share"] * row["offered_per_s"], rel=1e-2)
-    assert all(row["over_forecast"]["median"] > 0 for row in saturated["variants"])
+    assert saturated["variants"][0]["over_forecast"]["median"] > 0
+    assert all(row["tokens_per_event"] == 1 for row in saturated["variants"])
     assert all(0 < row["pass_share"]["median"] < 1 for row in saturated["variants"])
