@@ -1,13 +1,12 @@
 """A server under load: what depth gains where HTTP, streams, arrivals at random and reading prompts are all in it.
 
-    python benchmarks/serve.py --save --gates                      (quarter of an hour)
+    python benchmarks/serve.py --save --gates                      (an hour on 2 cores)
     python benchmarks/serve.py --save --loads saturated            (the gates alone)
 
 One server process (`serve_process.py`: what `shoal serve` runs), asked by an asyncio client on the same cores (`http_load.py`): 32
 prompt + 128 new tokens, greedy, streamed, no token ends a request; each request says its depth. Random weights: depth and lengths
-decide the time. *Saturated*: a closed loop of twice as many clients as slots, which begin evenly staggered, the worst case for
-depth; counted are whole fillings of the slots after as many that are not. Other loads are Poisson arrivals, in shares of what the
-step-time model forecasts that the server can do with every layer.
+decide the time. *Saturated*: a closed loop of twice as many clients as slots; counted are whole fillings of the slots after one that
+is not. Other loads are Poisson arrivals, in shares of what the step-time model forecasts that the server can do with every layer.
 
 A request is good if it keeps to the target: its TTFT is at most 5 and its TPOT at most 2 times those of a request alone with every
 layer (medians). *Goodput* is good requests per second of arrivals.
@@ -43,7 +42,8 @@ SLOTS = 8
 VARIANTS = {
     "dense": DENSE,
     "depth 1/2": Variant(depths=(1 / 2,)),
-    "depth 1/2, at once": Variant(depths=(1 / 2,), waves=False),
+    "depth 1/2, staggered": Variant(depths=(1 / 2,), staggered=True),
+    "depth 1/2, staggered, at once": Variant(depths=(1 / 2,), staggered=True, waves=False),
     "depth 1/5": Variant(depths=(1 / 5,)),
     "mixed": Variant(depths=(1, 1 / 2, 1 / 5)),
 }

@@ -75,13 +75,20 @@ def reply(engine: Engine, request: dict[str, Any]) -> dict[str, Any]:
 
 
 def forecast(
-    engine: Engine, *, depths: Sequence[float], prompt_tokens: int, new_tokens: int, waves: bool = True
+    engine: Engine,
+    *,
+    depths: Sequence[float],
+    prompt_tokens: int,
+    new_tokens: int,
+    waves: bool = True,
+    staggered: bool = False,
 ) -> dict[str, Any]:
     """What the step-time model expects where more requests wait than there are slots: seconds until as many as there are slots have
     been served, prompts included.
 
-    The slots are full and their rows evenly staggered at first; then requests enter when the scheduler would let them. Counted is
-    what `2 * CYCLES` fillings of all slots take beyond `CYCLES`, so that beginning and end are left out.
+    All requests wait at first, or, `staggered`, the slots are full of rows that are evenly spread; then requests enter when the
+    scheduler would let them. Counted is what `2 * CYCLES` fillings of all slots take beyond `CYCLES`, so that beginning and end are
+    left out.
     """
     num_slots, num_layers = engine.runner.cache.num_slots, engine.shape.num_layers
     plans = [
@@ -89,8 +96,9 @@ def forecast(
         for depth in depths
     ]
     level, dense = num_slots - 1, any(min(plan.cutoffs) == ALWAYS for plan in plans)
-    running = [new_tokens * place // num_slots for place in range(num_slots - 1)]  # passes done; one slot is free
-    if waves and not dense:
+    # Passes done; one slot is free, so that the scheduler has to decide.
+    running = [new_tokens * place // num_slots for place in range(num_slots - 1)] if staggered else []
+    if waves and running and not dense:
         level = fill_level(
             courses(plans, running, 2 * num_slots, prompt_tokens, new_tokens), len(running), num_slots, engine.step_time
         )

@@ -35,6 +35,9 @@ class Variant:
     """By turns."""
     waves: bool = True
     """Whether the scheduler may let requests wait for a wave."""
+    staggered: bool = False
+    """Where saturated, whether the first requests come evenly spread over the time that one takes, not all at once. Requests of one
+    length that begin together stay in step; spread evenly is the worst case for depth, which waves are there to mend."""
     peer: PeerServer | None = None
     """Who is asked instead of us: dense, as it does it."""
 
@@ -105,14 +108,13 @@ class Rounds:
         slots = self.slots
         before = self.server.ask(waves=variant.waves)
         expected = self.forecast(DENSE if variant.peer else variant)
-        # Dense requests are served every so often when all slots are full: that is the stagger.
-        spacing_s = (expected["seconds"] or 1) / slots
+        spacing_s = (expected["seconds"] or 1) / slots if variant.staggered else 0
         began = time.perf_counter()
         answers, seconds = asyncio.run(
             closed_loop(
                 self.target(variant),
                 begins_s=[spacing_s * min(place, slots) for place in range(2 * slots)],
-                warm_up=2 * slots,
+                warm_up=2 * slots if variant.staggered else slots,
                 measured=fillings * slots,
             )
         )
@@ -143,7 +145,8 @@ class Rounds:
     def forecast(self, variant: Variant) -> dict[str, Any]:
         """What the step-time model expects of full slots, as of now."""
         sizes = {"prompt_tokens": self.prompt_tokens, "new_tokens": self.new_tokens}
-        return self.server.ask(forecast={"depths": variant.depths, "waves": variant.waves, **sizes})
+        how = {"depths": variant.depths, "waves": variant.waves, "staggered": variant.staggered}
+        return self.server.ask(forecast={**how, **sizes})
 
     def row(self, label: str, samples: Sequence[Sample], target: dict[str, float]) -> dict[str, Any]:
         """What one variant did under one load, all rounds together."""

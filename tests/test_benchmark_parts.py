@@ -155,9 +155,13 @@ def test_a_forecast_of_full_slots_counts_whole_fillings(engine: Engine, monkeypa
     sizes = {"prompt_tokens": 4, "new_tokens": new_tokens}
     assert serve_process.forecast(engine, depths=[1], **sizes)["seconds"] == num_layers * new_tokens
     plan = SkipDecode(depth=1 / 2).plan(num_layers, max_new_tokens=new_tokens)
+    sizes |= {"staggered": True}
     in_waves = serve_process.forecast(engine, depths=[1 / 2], **sizes)
     assert in_waves["level"] == 0
     assert in_waves["seconds"] == num_layers + sum(plan.depth(clock) for clock in range(new_tokens - 1))
+    assert (
+        serve_process.forecast(engine, depths=[1 / 2], **sizes | {"staggered": False})["seconds"] == in_waves["seconds"]
+    )
     at_once = serve_process.forecast(engine, depths=[1 / 2], waves=False, **sizes)
     assert in_waves["seconds"] < at_once["seconds"] <= num_layers * new_tokens
 

@@ -134,10 +134,11 @@ def test_drafting_emits_the_same_tokens() -> None:
 
 def test_the_server_is_asked_at_every_load_by_every_variant() -> None:
     poisson, saturated = run("serve.py", "--gates")
+    half = "depth 1/2, staggered"
     assert [one["case"]["load"] for one in (poisson, saturated)] == ["0.5", "saturated"]
     for one in (poisson, saturated):
         labels = [row["variant"] for row in one["variants"]]
-        assert labels == ["dense", "depth 1/2", "depth 1/2, at once", "depth 1/5", "mixed"]
+        assert labels == ["dense", "depth 1/2", half, f"{half}, at once", "depth 1/5", "mixed"]
         target = one["target"]
         assert target["ttft_at_most_s"] == pytest.approx(5 * target["alone_ttft_s"], rel=1e-2)
         for row in one["variants"]:
