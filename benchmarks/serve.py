@@ -5,8 +5,9 @@
 
 One server process (`serve_process.py`: what `shoal serve` runs), asked by an asyncio client on the same cores (`http_load.py`): 32
 prompt + 128 new tokens, greedy, streamed, no token ends a request; each request says its depth. Random weights: depth and lengths
-decide the time. *Saturated*: a closed loop of twice as many clients as slots; counted are whole fillings of the slots after one that
-is not. Other loads are Poisson arrivals, in shares of what the step-time model forecasts that the server can do with every layer.
+decide the time. *Saturated*: a closed loop of twice as many clients as slots; counted are whole fillings of the slots after one
+that is not. Other loads are Poisson arrivals, in shares of what the step-time model forecasts that the server can do with every
+layer.
 
 A request is good if it keeps to the target: its TTFT is at most 5 and its TPOT at most 2 times those of a request alone with every
 layer (medians). *Goodput* is good requests per second of arrivals.
@@ -26,7 +27,6 @@ from typing import Any
 from gates import print_gates
 from machine import conditions
 from models import MODELS, random_checkpoint
-from peers.servers import SERVERS
 from report import interleaved, paired, parser, print_json, rounded, save, spread
 from samples import workplace
 from serve_process import ServerProcess
@@ -81,8 +81,6 @@ def measure(
         for row in rows:
             ours = samples[row["variant"]]
             row["speedup"] = paired(dense, [one.seconds for one in ours])
-            if variants[row["variant"]].peer:
-                continue
             row["pass_share"] = spread([one.pass_share or 0 for one in ours])
             row |= beside_forecast(
                 ours, fillings=options.fillings, slots=options.slots, new_tokens=one_round.new_tokens
@@ -101,9 +99,6 @@ def measure(
         "target": target,
         "pass_relative_error": rounded(state["relative_error"] or 0),
         "variants": rows,
-        "peers": {
-            one.peer.name: {"version": one.peer.version, "note": one.peer.note} for one in variants.values() if one.peer
-        },
     }
     return run
 
@@ -115,7 +110,6 @@ def main() -> None:
     options.add_argument("--slots", type=int, default=SLOTS, help="requests that run together")
     options.add_argument("--loads", nargs="+", default=LOADS, help="shares of the dense capacity, or saturated")
     options.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS, help="dense among them")
-    options.add_argument("--peers", nargs="*", default=[], choices=SERVERS, help="servers of others (peers/servers.py)")
     options.add_argument("--fillings", type=int, default=3, help="times that all slots are served, per round")
     options.add_argument("--load-rounds", type=int, default=2, help="rounds of Poisson arrivals")
     options.add_argument("--load-s", type=float, default=12, help="seconds of arrivals in a round")
@@ -129,9 +123,6 @@ def main() -> None:
         checkpoint = random_checkpoint(chosen.model, directory, words=True)
         sizes = {"slots": chosen.slots, "threads": chosen.threads}
         variants = {label: VARIANTS[label] for label in chosen.variants}
-        for name in chosen.peers:
-            peer = stack.enter_context(SERVERS[name](checkpoint, chosen.dtype, **sizes))
-            variants[name] = Variant(depths=(), peer=peer)
         server = stack.enter_context(ServerProcess(checkpoint, chosen.dtype, **sizes))
         prompt_tokens, new_tokens = (4, 8) if chosen.quick else (PROMPT_TOKENS, NEW_TOKENS)
         one_round = Rounds(

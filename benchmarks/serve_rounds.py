@@ -15,7 +15,6 @@ from rich.console import Console
 
 from http_load import Answer, Target, arrivals, closed_loop, open_loop
 from models import random_prompts
-from peers.servers import PeerServer
 from report import paired, rounded, spread
 from serve_process import MODEL, ServerProcess
 
@@ -38,8 +37,6 @@ class Variant:
     staggered: bool = False
     """Where saturated, whether the first requests come evenly spread over the time that one takes, not all at once. Requests of one
     length that begin together stay in step; spread evenly is the worst case for depth, which waves are there to mend."""
-    peer: PeerServer | None = None
-    """Who is asked instead of us: dense, as it does it."""
 
 
 DENSE = Variant(depths=(1,))
@@ -71,24 +68,22 @@ class Rounds:
         self.prompts = random_prompts(vocab_size, num_prompts=NUM_PROMPTS, num_tokens=prompt_tokens)
 
     def target(self, variant: Variant) -> Target:
-        """Requests at the variant's depths by turns, or a peer's."""
-        peer = variant.peer
+        """Requests at the variant's depths by turns."""
 
         def body(number: int) -> bytes:
             asked = {
-                "model": peer.model if peer else MODEL,
+                "model": MODEL,
                 "prompt": self.prompts[number % NUM_PROMPTS],
                 "max_tokens": self.new_tokens,
+                "depth": variant.depths[number % len(variant.depths)],
                 "temperature": 0,
                 "ignore_eos": True,
                 "stream": True,
                 "stream_options": {"include_usage": True},
             }
-            if not peer:
-                asked["depth"] = variant.depths[number % len(variant.depths)]
             return json.dumps(asked).encode()
 
-        return Target(port=peer.port if peer else self.server.port, body=body, new_tokens=self.new_tokens)
+        return Target(port=self.server.port, body=body, new_tokens=self.new_tokens)
 
     def alone(self) -> dict[str, float]:
         """What a dense request takes alone, and the target that follows."""
@@ -107,7 +102,7 @@ class Rounds:
         """The closed loop."""
         slots = self.slots
         before = self.server.ask(waves=variant.waves)
-        expected = self.forecast(DENSE if variant.peer else variant)
+        expected = self.forecast(variant)
         spacing_s = (expected["seconds"] or 1) / slots if variant.staggered else 0
         began = time.perf_counter()
         answers, seconds = asyncio.run(
@@ -125,8 +120,8 @@ class Rounds:
             answers=answers,
             seconds=seconds,
             arrivals_s=seconds,
-            forecast=None if variant.peer else expected,
-            pass_share=None if variant.peer else (after["pass_s"] - before["pass_s"]) / whole_s,
+            forecast=expected,
+            pass_share=(after["pass_s"] - before["pass_s"]) / whole_s,
         )
 
     def loaded(self, variant: Variant, *, rate_per_s: float, requests: int, seeds: list[int]) -> Sample:

@@ -88,11 +88,10 @@ def describe(run: dict[str, Any]) -> str:
                 cells += [f"{row['forecast_tokens_per_s']['median']:.0f}", f"{over['median']:.3f}", extent(over)]
             else:
                 cells += ["-", "-", "-"]
-            cells.append(f"{row['pass_share']['median']:.0%}" if "pass_share" in row else "-")
+            cells.append(f"{row['pass_share']['median']:.0%}")
         rows.append(cells)
-    notes = [f"- {name} {peer['version']}: {peer['note']}" for name, peer in run["peers"].items()]
     header = (*HEADER, *SATURATED_HEADER) if saturated else HEADER
-    return "\n\n".join([heading(run), table(header, rows), *(["\n".join(notes)] if notes else [])])
+    return heading(run) + "\n\n" + table(header, rows)
 
 
 def heading(run: dict[str, Any]) -> str:
