@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
+from itertools import accumulate
 from operator import add
 from typing import Any
 
@@ -142,7 +143,7 @@ class Reply:
     def _logprobs(self, tokens: Sequence[int], scores: Sequence[TokenLogprobs | None]) -> dict[str, Any]:
         """As completions have them. The first token of a text has none."""
         names = list(map(self._token, tokens))
-        offsets = [sum(map(len, names[:place])) for place in range(len(names))]
+        offsets = [0, *accumulate(map(len, names))][: len(names)]
         return {
             "tokens": names,
             "token_logprobs": [None if one is None else one.logprob for one in scores],
