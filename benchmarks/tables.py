@@ -21,6 +21,7 @@ import memory
 import prefill
 import probes
 import scaling
+import serve_tables
 import short_requests
 from report import RESULTS, load
 
@@ -42,7 +43,11 @@ SUMMARIES: dict[str, Callable[[list[dict[str, Any]]], str]] = {
     "short_requests": each(short_requests.describe),
     "agreement": each(agreement.describe),
     "drafting": each(drafting.describe),
+<<<<<<< HEAD
     "probes": each(probes.describe),
+=======
+    "serve": serve_tables.summary,
+>>>>>>> main
 }
 
 

@@ -116,12 +116,6 @@ def slope(minutes: np.ndarray, kib: np.ndarray, num_windows: int = 20) -> dict[s
     return {"per_minute": float(fit.slope), "low": float(fit.slope) - half, "high": float(fit.slope) + half}
 
 
-def held(ask: Ask) -> dict[str, float]:
-    """What the server says it still has in hand."""
-    names = ("requests_unfinished", "requests_running", "requests_waiting", "cache_bytes")
-    return {name: ask.metric(f"shoal_{name}") for name in names}
-
-
 def until(holds: Any, timeout_s: float = 90) -> None:
     """Wait for it."""
     ends_at = time.monotonic() + timeout_s
@@ -142,13 +136,18 @@ def end_under_load(
     threads = [threading.Thread(target=take, args=(place,)) for place in range(len(requests))]
     for thread in threads:
         thread.start()
-    until(lambda: ask.metric("shoal_requests_unfinished") == len(requests))
-    waiting = ask.metric("shoal_requests_waiting")
+    while (held := ask.metrics())["requests_unfinished"] < len(requests):
+        time.sleep(0.01)
     server.send_signal(signal.SIGTERM)
     for thread in threads:
         thread.join(600)
     lost = sum(one != other for one, other in zip(answers, expected, strict=True))
-    return {"accepted": len(requests), "waiting_at_sigterm": waiting, "lost": lost, "exit_code": server.wait(60)}
+    return {
+        "accepted": len(requests),
+        "waiting_at_sigterm": held["requests_waiting"],
+        "lost": lost,
+        "exit_code": server.wait(60),
+    }
 
 
 def soak(model: str, folder: Path, *, minutes: float, num_clients: int, seed: int, size: int) -> dict[str, Any]:
@@ -167,7 +166,7 @@ def soak(model: str, folder: Path, *, minutes: float, num_clients: int, seed: in
         load.over.set()
         for thread in threads:
             thread.join(600)
-        until(lambda: not any(held(ask).values()))
+        until(lambda: not any(ask.metrics().values()))
         until(lambda: len(list(Path(f"/proc/{server.pid}/fd").iterdir())) <= before["files"])
         after = {"files": len(list(Path(f"/proc/{server.pid}/fd").iterdir())), "threads": ask.threads(server.pid)}
         again = [ask(body) for body in requests]

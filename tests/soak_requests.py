@@ -14,6 +14,9 @@ from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
+HELD = re.compile(
+    r"^shoal_(requests_unfinished|requests_running|requests_waiting|cache_bytes) (\S+)$", flags=re.MULTILINE
+)
 Request = tuple[str, dict[str, Any]]
 """Path and body."""
 NAMES, FOODS = ("Clowns", "The Mill", "Blue Spice", "Zizzi", "Aromi"), ("Chinese", "French", "Italian", "English")
@@ -43,10 +46,10 @@ class Ask:
             return [(one["tokens"], one["greedy"], round(one["logprob"], 3)) for one in answer["data"]]
         return {choice["index"]: (choice["text"], choice["finish_reason"]) for choice in answer["choices"]}
 
-    def metric(self, name: str) -> float:
-        """A number of `/metrics`."""
-        lines = exchange(self.address, "/metrics")[1].decode().splitlines()
-        return float(next(line.split()[-1] for line in lines if line.startswith(f"{name} ")))
+    def metrics(self) -> dict[str, float]:
+        """What the server has in hand, all of one moment."""
+        content = exchange(self.address, "/metrics")[1].decode()
+        return {name: float(value) for name, value in HELD.findall(content)}
 
     def threads(self, pid: int) -> int:
         """Threads of the server."""

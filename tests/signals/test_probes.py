@@ -24,6 +24,7 @@ from shoal.models.checkpoint import load_checkpoint
 from shoal.models.decoder import Decoder
 from shoal.models.executor import Executor
 from shoal.models.graphs import GraphDecoder
+from shoal.models.native.decoder import NativeDecoder
 from shoal.signals.probe import ProbeSettings
 from shoal.signals.reading import Prefix, ProbeReading, ProbeSet
 from ways import WAYS, decoder_of
@@ -111,7 +112,9 @@ def test_each_operator_on_stored_tensors() -> None:
         made = ProbeSettings(
             **{"name": name, "classes": ("a", "b"), "hidden_size": 48, "num_levels": 5, "shape": shape, **kind}
         )
-        probe = Probe(made, {key: torch.randn(size, generator=generator) / 48**0.5 for key, size in made.sizes().items()})
+        probe = Probe(
+            made, {key: torch.randn(size, generator=generator) / 48**0.5 for key, size in made.sizes().items()}
+        )
         vectors = probe.layer_stage(probe.token_stage(x, mask))
         for row, length in enumerate(lengths):
             vector, logits = reference.probe_logits(
@@ -244,14 +247,16 @@ def test_attention_keeps_no_prefix(decoder: Executor) -> None:
 
 def test_they_change_no_token_and_no_other_spending(decoder_by: Executor) -> None:
     """Some requests with probes, some without, some with others; alone or together their labels are the same to 1e-5."""
-    engine = engine_over(decoder_by)
-    plain = engine.generate(PROMPTS, SHORT)
+    engine, sampling = engine_over(decoder_by), replace(SHORT, logprobs=3)
+    plain = engine.generate(PROMPTS, sampling)
     one, two = engine.observer([random_probe(engine, "gate")]), engine.observer([random_probe(engine, "max")])
     for prompt, observer in zip(PROMPTS, (one, None, two, one), strict=True):
-        engine.add(prompt, SHORT, probes=observer, index=PROMPTS.index(prompt))
+        engine.add(prompt, sampling, probes=observer, index=PROMPTS.index(prompt))
     mixed = {chunk.index: chunk.generation for chunk in drained(engine) if chunk.generation}
     for index, without in enumerate(plain):
         assert mixed[index].token_ids == without.token_ids
+        if isinstance(decoder_by, NativeDecoder):
+            assert mixed[index].logprobs == without.logprobs, "a watched pass is the same to the last bit"
         assert replace(mixed[index].ledger, probe_flops=0) == without.ledger
         assert without.ledger.probe_flops == 0
     assert mixed[1].labels is None

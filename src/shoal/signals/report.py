@@ -12,7 +12,7 @@ import torch
 
 from shoal.engine.engine import Engine
 from shoal.engine.sampling import Sampling
-from shoal.errors import InvalidInput
+from shoal.errors import InvalidInput, MissingExtra
 from shoal.models.passes import Ints
 from shoal.signals.baselines import bag_of_words, muli
 from shoal.signals.extract import GROUP, Report, States, extract
@@ -22,6 +22,14 @@ from shoal.signals.probe import Probe
 from shoal.signals.quality import Floats, Quality, quality, reliability
 
 BASELINES = ("MULI", "bag of words")
+
+
+def require_scikit_learn() -> None:
+    """Raises `MissingExtra` without it, before hours of work."""
+    try:
+        import sklearn  # noqa: F401
+    except ImportError:
+        raise MissingExtra("fitting and judging probes needs scikit-learn: pip install 'shoal[signals]'") from None
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -50,6 +58,7 @@ def fit_report(
     report: Report = lambda what, done, total: None,
 ) -> FitReport:
     """Extract states into `directory`, fit a probe and the baselines. Raises `InvalidInput`."""
+    require_scikit_learn()
     classes = classes_of(labelled, positive)
     labels = np.array([classes.index(one.label) for one in labelled])
     texts = [one.text for one in labelled]
@@ -145,6 +154,7 @@ def evaluate(
     Args: `directory`: for states, where `train` or a picture of the levels needs them; `train`: what the baselines are trained on.
     Raises `InvalidInput` for a class that the probe does not know.
     """
+    require_scikit_learn()
     ours = probe.settings
     unknown = {one.label for one in (*labelled, *train)} - set(ours.classes)
     if unknown:
