@@ -116,14 +116,14 @@ def drafting_gates(run: dict[str, Any]) -> Iterator[Gate]:
     yield Gate(what="no draft slower: largest of 5 ratios, worst draft", case=case, value=worst, at_least=1)
 
 
-<<<<<<< HEAD
 def probes_gates(run: dict[str, Any]) -> Iterator[Gate]:
     """What probes add to reading prompts."""
     for row in run["variants"]:
         if (most := PROBES_AT_MOST.get(row["probes"])) is not None:
             value = row["over_none"]["median"]
             yield Gate(what=f"prompt time with {row['probes']}", case=run["case"], value=value, at_most=most)
-=======
+
+
 def serve_gates(run: dict[str, Any]) -> Iterator[Gate]:
     """Where the server has all that it can do: what depth gains, and whether the engine knew before."""
     if run["case"]["load"] != "saturated":
@@ -134,7 +134,6 @@ def serve_gates(run: dict[str, Any]) -> Iterator[Gate]:
     for label in ("dense", "depth 1/2"):
         over = rows[label].get("over_forecast", {"median": None})["median"]
         yield Gate(what=f"{label} served over forecast", case=case, value=over, at_least=0.9, at_most=1.1)
->>>>>>> main
 
 
 GATES: dict[str, Callable[[dict[str, Any]], Iterator[Gate]]] = {
@@ -143,11 +142,8 @@ GATES: dict[str, Callable[[dict[str, Any]], Iterator[Gate]]] = {
     "memory": memory_gates,
     "scaling": scaling_gates,
     "drafting": drafting_gates,
-<<<<<<< HEAD
     "probes": probes_gates,
-=======
     "serve": serve_gates,
->>>>>>> main
 }
 HEADER = ("gate", "case", "measured", "wanted", "")
 

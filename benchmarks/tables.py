@@ -43,11 +43,8 @@ SUMMARIES: dict[str, Callable[[list[dict[str, Any]]], str]] = {
     "short_requests": each(short_requests.describe),
     "agreement": each(agreement.describe),
     "drafting": each(drafting.describe),
-<<<<<<< HEAD
     "probes": each(probes.describe),
-=======
     "serve": serve_tables.summary,
->>>>>>> main
 }
 
 

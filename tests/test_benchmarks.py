@@ -132,7 +132,6 @@ def test_drafting_emits_the_same_tokens() -> None:
     assert edited["suffix"]["acceptance"] > 0.5
 
 
-<<<<<<< HEAD
 def test_probes_are_timed_beside_none() -> None:
     (one,) = run("probes.py", "--dtypes", "float32", "--gates")
     rows = {row["probes"]: row for row in one["variants"]}
@@ -141,7 +140,8 @@ def test_probes_are_timed_beside_none() -> None:
     assert rows["none"]["flops_share"] == rows["none"]["parameters"] == 0
     assert rows["four gates"]["parameters"] == 4 * rows["gate"]["parameters"]
     assert 0 < rows["pool, max"]["flops_share"] < rows["gate"]["flops_share"] < rows["four gates"]["flops_share"]
-=======
+
+
 def test_the_server_is_asked_at_every_load_by_every_variant() -> None:
     poisson, saturated = run("serve.py", "--gates")
     half = "depth 1/2, staggered"
@@ -160,4 +160,3 @@ def test_the_server_is_asked_at_every_load_by_every_variant() -> None:
     assert saturated["variants"][0]["over_forecast"]["median"] > 0
     assert all(row["tokens_per_event"] == 1 for row in saturated["variants"])
     assert all(0 < row["pass_share"]["median"] < 1 for row in saturated["variants"])
->>>>>>> main
