@@ -63,7 +63,7 @@ class Belief:
         slope = b * density / spread / likelihood
         curvature = np.maximum(0.0, slope * (slope + z / spread))
         self.means += column * slope[:, None]
-        self.covariances -= curvature[:, None, None] * column[:, :, None] * column[:, None, :]
+        self.covariances -= (curvature[:, None] * column)[:, :, None] * column[:, None, :]
         self.log_weights += np.log(likelihood)
 
     def weights(self) -> Floats:
