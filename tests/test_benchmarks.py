@@ -130,3 +130,11 @@ def test_drafting_emits_the_same_tokens() -> None:
     edited = {row["draft"]: row for row in runs[0]["variants"]}
     assert edited["suffix"]["tokens_per_pass"] > 1.5
     assert edited["suffix"]["acceptance"] > 0.5
+
+
+def test_rank_times_every_ranker() -> None:
+    from shoal.rank import RANKERS
+
+    (one,) = run("rank.py", "--gates")
+    assert one["seconds_per_1000_queries"].keys() == RANKERS.keys()
+    assert (one["budget"], one["batch"], one["documents"]) == (200, 32, 100)
