@@ -41,9 +41,17 @@ class Gate:
 
     def cells(self) -> list[str]:
         """A row of the table."""
-        wanted = f">= {self.at_least:g}" if self.at_most is None else f"<= {self.at_most:g}"
+        bounds = [
+            f"{sign} {bound:g}" for sign, bound in ((">=", self.at_least), ("<=", self.at_most)) if bound is not None
+        ]
         measured = "-" if self.value is None else f"{self.value:.3f}"
-        return [self.what, " ".join(str(value) for value in self.case.values()), measured, wanted, self.verdict]
+        return [
+            self.what,
+            " ".join(str(value) for value in self.case.values()),
+            measured,
+            ", ".join(bounds),
+            self.verdict,
+        ]
 
 
 def decode_gates(run: dict[str, Any]) -> Iterator[Gate]:
@@ -106,12 +114,25 @@ def drafting_gates(run: dict[str, Any]) -> Iterator[Gate]:
     yield Gate(what="no draft slower: largest of 5 ratios, worst draft", case=case, value=worst, at_least=1)
 
 
+def serve_gates(run: dict[str, Any]) -> Iterator[Gate]:
+    """Where the server has all that it can do: what depth gains, and whether the engine knew before."""
+    if run["case"]["load"] != "saturated":
+        return
+    case, rows = run["case"], {row["variant"]: row for row in run["variants"]}
+    gain = rows["depth 1/2"]["speedup"]["median"]
+    yield Gate(what="depth 1/2 over dense, served", case=case, value=gain, at_least=1.3)
+    for label in ("dense", "depth 1/2"):
+        over = rows[label].get("over_forecast", {"median": None})["median"]
+        yield Gate(what=f"{label} served over forecast", case=case, value=over, at_least=0.9, at_most=1.1)
+
+
 GATES: dict[str, Callable[[dict[str, Any]], Iterator[Gate]]] = {
     "decode": decode_gates,
     "clocks": clocks_gates,
     "memory": memory_gates,
     "scaling": scaling_gates,
     "drafting": drafting_gates,
+    "serve": serve_gates,
 }
 HEADER = ("gate", "case", "measured", "wanted", "")
 

@@ -20,6 +20,7 @@ import gates
 import memory
 import prefill
 import scaling
+import serve_tables
 import short_requests
 from report import RESULTS, load
 
@@ -41,6 +42,7 @@ SUMMARIES: dict[str, Callable[[list[dict[str, Any]]], str]] = {
     "short_requests": each(short_requests.describe),
     "agreement": each(agreement.describe),
     "drafting": each(drafting.describe),
+    "serve": serve_tables.summary,
 }
 
 

@@ -76,8 +76,8 @@ def serve(
     except ImportError as error:
         raise MissingExtra(f"serving needs more ({error.name} is missing): pip install 'shoal[serve]'") from error
     from shoal.serve.config import ServeConfig
-    from shoal.serve.intake import plan_of, policy_of
     from shoal.serve.limits import read_keys
+    from shoal.serve.plans import plan_of, policy_of
     from shoal.serve.schema import Plan
 
     if depth is not None and plan is not None:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
+from itertools import accumulate
 from operator import add
 from typing import Any
 
@@ -42,7 +43,7 @@ class Reply:
     def whole(self, done: Sequence[Generation]) -> dict[str, Any]:
         """The answer in one piece. Raises `ApiError` where a completion failed or ran out of time."""
         for generation in done:
-            if (error := failure(generation)) is not None:
+            if (error := self._failure(generation)) is not None:
                 raise error
         return {
             **self._head(streamed=False),
@@ -64,7 +65,7 @@ class Reply:
         """What a stream says of a pass; None where nothing became certain. Raises `ApiError` where the completion failed."""
         place = chunk.index * self.job.body.n + chunk.sample
         done = chunk.generation
-        if done is not None and (error := failure(done)) is not None:
+        if done is not None and (error := self._failure(done)) is not None:
             raise error
         with_layers = self.job.body.stream_options.include_layers
         if not (chunk.text or chunk.logprobs or done is not None or with_layers):
@@ -96,6 +97,12 @@ class Reply:
                 "seconds": round(time.monotonic() - self.began, 4),
             },
         }
+
+    def _failure(self, done: Generation) -> ApiError | None:
+        """Why a completion failed. A form that no token goes on, or that takes too long to follow, is the body's fault."""
+        if done.finish_reason == "error" and self.job.body.response_format and "processor" in (done.error or ""):
+            return ApiError(400, f"response_format: {done.error}", param="response_format")
+        return failure(done)
 
     def _head(self, *, streamed: bool) -> dict[str, Any]:
         kind = "text_completion" if not self.is_chat else "chat.completion.chunk" if streamed else "chat.completion"
@@ -142,7 +149,7 @@ class Reply:
     def _logprobs(self, tokens: Sequence[int], scores: Sequence[TokenLogprobs | None]) -> dict[str, Any]:
         """As completions have them. The first token of a text has none."""
         names = list(map(self._token, tokens))
-        offsets = [sum(map(len, names[:place])) for place in range(len(names))]
+        offsets = [0, *accumulate(map(len, names))][: len(names)]
         return {
             "tokens": names,
             "token_logprobs": [None if one is None else one.logprob for one in scores],
