@@ -142,6 +142,14 @@ def test_probes_are_timed_beside_none() -> None:
     assert 0 < rows["pool, max"]["flops_share"] < rows["gate"]["flops_share"] < rows["four gates"]["flops_share"]
 
 
+def test_rank_times_every_ranker() -> None:
+    from shoal.rank import RANKERS
+
+    (one,) = run("rank.py", "--gates")
+    assert one["seconds_per_1000_queries"].keys() == RANKERS.keys()
+    assert (one["budget"], one["batch"], one["documents"]) == (200, 32, 100)
+
+
 def test_the_server_is_asked_at_every_load_by_every_variant() -> None:
     poisson, saturated = run("serve.py", "--gates")
     half = "depth 1/2, staggered"

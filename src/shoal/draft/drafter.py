@@ -76,8 +76,8 @@ class Drafter:
         self._last_step = 0.0
         self._slowness = 1.0
         """Seconds of steps without drafts over what was predicted, of late."""
-        self._foretold: tuple[float, ModelSource | None, Sequence[DraftRow]] | None = None
-        """Of the last step: predicted seconds, the model that drafted, the rows."""
+        self._foretold: tuple[float, Source | None, Sequence[DraftRow]] | None = None
+        """Of the last step: predicted seconds, whose drafts it verified, the rows."""
 
     def resolve(self, draft: object, prompt_tokens: int, max_new_tokens: int) -> object:
         """As in the engine's `Drafter`."""
@@ -124,11 +124,12 @@ class Drafter:
             for (source, fixed), its_rows in for_models.items()
             if self._ask_model(source, fixed, its_rows, len(tokens), predicted_s)
         ]
-        drafts = self._lengths(
-            {row.slot: ways[row.slot] for row in asking}, len(tokens), predicted_s, min(room, MAX_PASS_DRAFT)
-        )
-        if len(weighed) == 1:
-            self._foretell(weighed[0], rows, {slot: len(draft.tokens) for slot, draft in drafts.items()}, predicted_s)
+        best = {row.slot: offer for row in asking if (offer := ways[row.slot].best()) is not None}
+        drafts = self._lengths(best, ways, len(tokens), predicted_s, min(room, MAX_PASS_DRAFT))
+        if best or weighed:
+            verified = {best[slot][0] for slot in drafts}
+            asked = [source for source in weighed if any(source in way.proposed for way in ways.values())]
+            self._foretell({*verified, *asked}, rows, drafts, predicted_s)
         return drafts
 
     def why_not(self, request: Request) -> str | None:
@@ -201,14 +202,19 @@ class Drafter:
         return weighed
 
     def _foretell(
-        self, source: ModelSource, rows: Sequence[DraftRow], counts: Mapping[int, int], seconds: PassSeconds
+        self, sources: set[Source], rows: Sequence[DraftRow], drafts: Mapping[int, Draft], seconds: PassSeconds
     ) -> None:
-        """Note what the step at hand should take: the pass with drafted tokens `counts` (by slot), and drafting them."""
-        steps = max((len(one.tokens) for row in rows if (one := way_of(row.request).proposed.get(source))), default=0)
-        pass_s = seconds(counts)
-        draft_s = source.proposer.seconds(rows) if steps else 0.0
-        if pass_s is not None and draft_s is not None:
-            self._foretold = pass_s + steps * draft_s, source if steps else None, rows
+        """Note what the step at hand should take: verifying `drafts` (by slot), and drafting them where a model did."""
+        if len(sources) > 1:
+            return  # nobody could tell whose doing it was
+        source = next(iter(sources), None)
+        predicted_s = seconds({slot: len(draft.tokens) for slot, draft in drafts.items()})
+        if predicted_s is not None and isinstance(source, ModelSource):
+            num_steps = max(len(one.tokens) for row in rows if (one := way_of(row.request).proposed.get(source)))
+            draft_s = source.proposer.seconds(rows)
+            predicted_s = None if draft_s is None else predicted_s + num_steps * draft_s
+        if predicted_s is not None:
+            self._foretold = predicted_s, source, rows
 
     def _hear(self, step_s: float, rows: Sequence[DraftRow]) -> None:
         """The last step took `step_s`, if what follows are its own rows: otherwise nobody was at work in between."""
@@ -223,9 +229,11 @@ class Drafter:
         else:
             source.slowness = slower(source.slowness, step_s, predicted_s)
 
-    def _lengths(self, ways: Mapping[int, Way], num_rows: int, seconds: PassSeconds, room: int) -> dict[int, Draft]:
+    def _lengths(
+        self, best: Mapping[int, tuple[Source, Proposal]], ways: Mapping[int, Way], num_rows: int, seconds: PassSeconds,
+        room: int,
+    ) -> dict[int, Draft]:  # fmt: skip
         """Of the best proposal of each slot what the pass verifies."""
-        best = {slot: found for slot, way in ways.items() if (found := way.best()) is not None}
         counts: dict[int, int] = {}
         chances: dict[int, list[float]] = {}
         for slot, (source, proposal) in best.items():
@@ -239,8 +247,24 @@ class Drafter:
             if likely:
                 chances[slot] = likely
         if chances:
-            counts |= lengths(chances, num_rows, seconds, room)
+            found_by = {source for slot in chances if isinstance(source := best[slot][0], LookupSource)}
+            slowness = max([1.0, *(source.slowness / self._slowness for source in found_by)])
+            found = lengths(chances, num_rows, slowed(seconds, slowness), room)
+            if not found:
+                for source in found_by:
+                    source.left_out()
+            counts |= found
         return {slot: cut(best[slot][1], count) for slot, count in counts.items() if count}
+
+
+def slowed(seconds: PassSeconds, slowness: float) -> PassSeconds:
+    """`seconds` where passes that verify drafts take `slowness` times as long as predicted."""
+
+    def slower_seconds(added: Mapping[int, int]) -> float | None:
+        took = seconds(added)
+        return took * slowness if took is not None and any(added.values()) else took
+
+    return slower_seconds
 
 
 def way_of(request: Request) -> Way:

@@ -3,9 +3,9 @@
 Lookups go on while nothing of theirs is verified, and what they would have drafted is compared with what came: the engine sees when
 to begin again. One that takes more of a step than it brings rests for 16 passes, then 32, up to 256.
 
-What a model promises is a prediction, and trying it out takes passes. So predictions are held against the steps that follow, and a
-model whose steps take longer than was predicted has its promises cut by as much; and trials are paid for out of what passes save up
-for them, a hundredth of a pass each, whatever else is thought of the model.
+What either promises is a prediction, so predictions are held against the steps that follow: a source whose steps take longer than
+was predicted, more so than steps without drafts, has its promises cut by as much. Trying a model out takes passes, and these are
+saved up for, a hundredth of a pass in each, whatever else is thought of the model.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ FIRST_RETRY, LAST_RETRY = 8, 256
 """Passes before a lookup that did not pay is tried again: half of the first time, and at most."""
 LOOKUP_SHARE = 0.01
 """Share of a step's seconds that a lookup may take whatever it brings."""
+FORGIVEN_AFTER = 512
+"""Passes in which something was found but not verified, until the slowness of a lookup's steps counts 1/e."""
 HOPEFUL, TRIALS = 0.4, 6
 """Share of accepted tokens above which a model is tried where its passes have not been measured, and how often in a row."""
 SAVED_PER_PASS, MOST_SAVED = 0.01, 2.0
@@ -42,6 +44,8 @@ class Source:
     acceptance: Acceptance = field(init=False)
     mean_chance: float = 0.7
     """Share of its tokens that were accepted, of late."""
+    slowness: float = 1.0
+    """Seconds of the steps with its drafts over what was predicted, of late."""
 
     def __post_init__(self) -> None:
         self.acceptance = Acceptance(self.proposer.priors)
@@ -89,6 +93,10 @@ class LookupSource(Source):
             return True
         return False
 
+    def left_out(self) -> None:
+        """Nothing of what it found was worth verifying: believe in it a little more, so that it is tried again some day."""
+        self.slowness += (1 - self.slowness) / FORGIVEN_AFTER
+
     def took(self, share: float) -> None:
         """It took this share of a step."""
         self.share += WEIGHT * (min(1.0, share) - self.share)
@@ -107,8 +115,6 @@ class ModelSource(Source):
     """Passes that may go into trials; below 0 where a row of trials took more."""
     trials: int = 0
     """In a row, while its passes have not been measured."""
-    slowness: float = 1.0
-    """Seconds of the steps that it drafted for over what was predicted, of late."""
     passes_on: int = 0
     """In a row that it promised to pay."""
     wait: int = 0

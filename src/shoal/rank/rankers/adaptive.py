@@ -20,32 +20,33 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shoal.rank.questions import Question, Round, Rounds, Task
-from shoal.rank.rankers.belief import SQRT_2PI, Belief, Floats, Noise, normal_cdf
+from shoal.rank.rankers.belief import SQRT_2PI, Belief, Floats, Hypothesis, normal_cdf
 
-NOISES = tuple(Noise(blur, lapse) for blur in (0.3, 0.8, 1.6) for lapse in (0.02, 0.15))
-"""Noise models between which the answers decide."""
+HYPOTHESES = tuple(
+    Hypothesis(blur, lapse, weight, sd)
+    for blur in (0.3, 0.8, 1.6)
+    for lapse in (0.02, 0.15)
+    for weight, sd in ((0.6, 1.0),)
+)
+"""Between which the answers decide."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Adaptive:
     """Ranks from the first call on and never ends by itself but when nothing is worth a call."""
 
-    prior_weight: float = 0.6
-    """Standard deviations of relevance that one standard deviation of the first stage's scores is worth."""
-    prior_sd: float = 1.0
-    """Of relevance about what the first stage says."""
     per_round: int = 10
-    """Questions of a round; more are asked only where the batch would stand empty and the budget is large."""
+    """Questions of a round."""
     gain: float = 0.0
     """How much more a document of higher relevance is worth: exp(gain x relevance)."""
-    noises: tuple[Noise, ...] = NOISES
-    """Noise models."""
+    hypotheses: tuple[Hypothesis, ...] = HYPOTHESES
+    """About the comparator and the first stage."""
     reuse: bool = True
     """Whether answers are kept; no pair is asked twice."""
 
     def rounds(self, task: Task) -> Rounds:
         """As in `Ranker`."""
-        belief = Belief(self.prior_weight * prior_of(task), self.prior_sd, self.noises)
+        belief = Belief(prior_of(task), self.hypotheses)
         discounts = np.zeros(task.n)
         discounts[: task.k] = 1 / np.log2(np.arange(2, task.k + 2))
         asked = np.eye(task.n, dtype=bool)
@@ -68,11 +69,11 @@ class Adaptive:
 
     def _choose(self, belief: Belief, discounts: Floats, asked: NDArray[np.bool_], count: int) -> list[Question]:
         """The questions of a round; notes them in `asked`, [n, n]."""
-        mean, covariance, noise = belief.mixture()
+        mean, covariance, blur, lapse = belief.mixture()
         place = np.empty(len(mean), dtype=np.int64)
         place[np.argsort(-mean, kind="stable")] = np.arange(len(mean))
         at = discounts[place]
-        stake = np.abs(at[:, None] - at[None, :]) * (1 - 2 * noise.lapse)
+        stake = np.abs(at[:, None] - at[None, :]) * (1 - 2 * lapse)
         if self.gain:
             stake = stake * np.exp(self.gain * np.maximum(mean[:, None], mean[None, :]))
         apart = np.abs(mean[:, None] - mean[None, :])
@@ -82,7 +83,7 @@ class Adaptive:
         for _ in range(count):
             variance = np.diag(covariance)
             spread2 = np.maximum(variance[rows, None] + variance[None, :] - 2 * covariance[rows], 1e-12)
-            moved = spread2 / np.sqrt(spread2 + noise.blur**2)
+            moved = spread2 / np.sqrt(spread2 + blur**2)
             t = apart[rows] / moved
             worth = stake[rows] * moved * (np.exp(-0.5 * t * t) / SQRT_2PI - t * normal_cdf(-t))
             worth[asked[rows]] = -1.0
@@ -93,7 +94,7 @@ class Adaptive:
             chosen.append((i, j))
             asked[i, j] = asked[j, i] = True
             column = covariance[:, i] - covariance[:, j]
-            covariance = covariance - np.outer(column, column) / (column[i] - column[j] + noise.blur**2)
+            covariance = covariance - np.outer(column, column) / (column[i] - column[j] + blur**2)
         return chosen
 
 

@@ -1,12 +1,12 @@
-"""What an adaptive ranker believes: a Gaussian over the documents' relevance, for each of a few noise models.
+"""What an adaptive ranker believes: a Gaussian over the documents' relevance, under each of a few hypotheses.
 
-A noise model says how an answer about i and j comes from their difference d = theta_i - theta_j:
+A hypothesis says how much the first stage is worth, and how an answer about i and j comes from their difference in relevance, d:
 
     P(i wins | d) = e + (1 - 2 e) Phi(d / s)
 
-`s` blurs close pairs, `e` turns over any answer. Each model holds a mean [n] and a covariance [n, n], and after each answer the
-Gaussian that matches the first two moments of the exact posterior (assumed-density filtering, as in TrueSkill, with the full
-covariance: an answer about i and j moves all documents that are correlated with them). The models are weighted by how well each
+`s` blurs close pairs, `e` turns over any answer. Each hypothesis holds a mean [n] and a covariance [n, n], and after each answer
+the Gaussian that matches the first two moments of the exact posterior (assumed-density filtering, as in TrueSkill, with the full
+covariance: an answer about i and j moves all documents that are correlated with them). Hypotheses are weighted by how well each
 predicted the answers before it saw them, which is how the noise is calibrated as the ranking goes on.
 """
 
@@ -23,26 +23,29 @@ SQRT_2PI = math.sqrt(2 * math.pi)
 
 
 @dataclass(frozen=True)
-class Noise:
-    """How a comparator errs; relevance has a standard deviation of about 1 within a list."""
+class Hypothesis:
+    """How the comparator errs, and the first stage."""
 
     blur: float
     """s: standard deviation of what is added to a difference."""
     lapse: float
-    """e: probability of an answer that has nothing to do with the difference, halved."""
+    """e: probability that an answer is turned over."""
+    prior_weight: float
+    """Relevance that one standard deviation of the first stage's scores is worth."""
+    prior_sd: float
+    """Standard deviation of relevance about what the first stage says."""
 
 
 class Belief:
-    """Means, covariances and weights, one per noise model."""
+    """Means, covariances and weights, one per hypothesis."""
 
-    def __init__(self, prior_mean: Floats, prior_sd: float, noises: tuple[Noise, ...]) -> None:
-        n, count = len(prior_mean), len(noises)
-        self.noises = noises
-        self.blur = np.array([noise.blur for noise in noises])
-        self.lapse = np.array([noise.lapse for noise in noises])
-        self.means = np.repeat(prior_mean[None, :], count, axis=0)
-        self.covariances = np.repeat((prior_sd**2 * np.eye(n))[None], count, axis=0)
-        self.log_weights = np.zeros(count)
+    def __init__(self, prior: Floats, hypotheses: tuple[Hypothesis, ...]) -> None:
+        """`prior`, [n]: the first stage's scores with mean 0 and standard deviation 1."""
+        self.blur = np.array([one.blur for one in hypotheses])
+        self.lapse = np.array([one.lapse for one in hypotheses])
+        self.means = np.stack([one.prior_weight * prior for one in hypotheses])
+        self.covariances = np.stack([one.prior_sd**2 * np.eye(len(prior)) for one in hypotheses])
+        self.log_weights = np.zeros(len(hypotheses))
 
     def learn(self, i: int, j: int, share: float) -> None:
         """Take an answer: `share` is the preference for i over j; 1/2 says nothing."""
@@ -53,7 +56,7 @@ class Belief:
         # P(answer | d) = a + b Phi(d / s), d the winner's relevance less the loser's
         b = certainty * (1 - 2 * self.lapse)
         a = (1 - b) / 2
-        column = self.covariances[:, :, first] - self.covariances[:, :, second]  # [models, n]: covariance with d
+        column = self.covariances[:, :, first] - self.covariances[:, :, second]  # [hypotheses, n]: covariance with d
         mean = self.means[:, first] - self.means[:, second]
         variance = column[:, first] - column[:, second]
         spread = np.sqrt(variance + self.blur**2)
@@ -63,22 +66,22 @@ class Belief:
         slope = b * density / spread / likelihood
         curvature = np.maximum(0.0, slope * (slope + z / spread))
         self.means += column * slope[:, None]
-        self.covariances -= curvature[:, None, None] * column[:, :, None] * column[:, None, :]
+        self.covariances -= (curvature[:, None] * column)[:, :, None] * column[:, None, :]
         self.log_weights += np.log(likelihood)
 
     def weights(self) -> Floats:
-        """[models]: how much each is believed; adds up to 1."""
+        """[hypotheses]: how much each is believed; adds up to 1."""
         weights = np.exp(self.log_weights - self.log_weights.max())
         result: Floats = weights / weights.sum()
         return result
 
-    def mixture(self) -> tuple[Floats, Floats, Noise]:
-        """Mean [n] and covariance [n, n] over all models, and their mean noise."""
+    def mixture(self) -> tuple[Floats, Floats, float, float]:
+        """Mean [n] and covariance [n, n] over all hypotheses, and their mean blur and lapse."""
         weights = self.weights()
         mean = weights @ self.means
         apart = self.means - mean
         covariance = np.tensordot(weights, self.covariances, 1) + (weights[:, None] * apart).T @ apart
-        return mean, covariance, Noise(float(weights @ self.blur), float(weights @ self.lapse))
+        return mean, covariance, float(weights @ self.blur), float(weights @ self.lapse)
 
     def mean(self) -> Floats:
         """[n]: expected relevance."""
