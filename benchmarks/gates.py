@@ -13,6 +13,8 @@ from typing import Any
 from report import load
 from shoal.evaluate.markdown import table
 
+PROBES_AT_MOST = {"pool, mean": 1.06, "pool, max": 1.06, "gate": 1.06, "attention": 1.3}
+"""Time of reading prompts with probes over that without."""
 OPENVINO_AT_LEAST = {1: 0.75, 8: 0.85, 32: 0.85}
 """Our dense decoding over OpenVINO's, by batch."""
 
@@ -114,6 +116,14 @@ def drafting_gates(run: dict[str, Any]) -> Iterator[Gate]:
     yield Gate(what="no draft slower: largest of 5 ratios, worst draft", case=case, value=worst, at_least=1)
 
 
+def probes_gates(run: dict[str, Any]) -> Iterator[Gate]:
+    """What probes add to reading prompts."""
+    for row in run["variants"]:
+        if (most := PROBES_AT_MOST.get(row["probes"])) is not None:
+            value = row["over_none"]["median"]
+            yield Gate(what=f"prompt time with {row['probes']}", case=run["case"], value=value, at_most=most)
+
+
 def serve_gates(run: dict[str, Any]) -> Iterator[Gate]:
     """Where the server has all that it can do: what depth gains, and whether the engine knew before."""
     if run["case"]["load"] != "saturated":
@@ -132,6 +142,7 @@ GATES: dict[str, Callable[[dict[str, Any]], Iterator[Gate]]] = {
     "memory": memory_gates,
     "scaling": scaling_gates,
     "drafting": drafting_gates,
+    "probes": probes_gates,
     "serve": serve_gates,
 }
 HEADER = ("gate", "case", "measured", "wanted", "")

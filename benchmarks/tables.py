@@ -19,6 +19,7 @@ import drafting
 import gates
 import memory
 import prefill
+import probes
 import scaling
 import serve_tables
 import short_requests
@@ -42,6 +43,7 @@ SUMMARIES: dict[str, Callable[[list[dict[str, Any]]], str]] = {
     "short_requests": each(short_requests.describe),
     "agreement": each(agreement.describe),
     "drafting": each(drafting.describe),
+    "probes": each(probes.describe),
     "serve": serve_tables.summary,
 }
 

@@ -224,7 +224,9 @@ def run(options: argparse.Namespace) -> None:
         prepare(work, options.data, 200 if options.quick else None)
         tokenizer = PreTrainedTokenizerFast.from_pretrained(work / "tokenizer")
         model = network(options.quick)
-        print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(Windows(work / 'train.npy')):,} windows")
+        print(
+            f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(Windows(work / 'train.npy')):,} windows"
+        )
         args = transformers.TrainingArguments(
             output_dir=str(work / "training"),
             max_steps=options.steps,

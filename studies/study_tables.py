@@ -12,6 +12,7 @@ from pathlib import Path
 
 import deep_reading
 import long_outputs
+import probes
 import ranking
 import recipe_table
 import self_drafting
@@ -29,6 +30,7 @@ DESCRIBE = {
     "long_outputs": long_outputs.describe,
     "suits_order": suits_order.describe,
     "self_drafting": self_drafting.describe,
+    "probes": probes.describe,
     "ranking": ranking.describe,
     "reproduction": reproduce_tables.describe,
 }

@@ -132,6 +132,16 @@ def test_drafting_emits_the_same_tokens() -> None:
     assert edited["suffix"]["acceptance"] > 0.5
 
 
+def test_probes_are_timed_beside_none() -> None:
+    (one,) = run("probes.py", "--dtypes", "float32", "--gates")
+    rows = {row["probes"]: row for row in one["variants"]}
+    assert list(rows) == ["none", "pool, mean", "pool, max", "gate", "four gates", "attention"]
+    assert rows["none"]["over_none"] == {"median": 1, "min": 1, "max": 1}
+    assert rows["none"]["flops_share"] == rows["none"]["parameters"] == 0
+    assert rows["four gates"]["parameters"] == 4 * rows["gate"]["parameters"]
+    assert 0 < rows["pool, max"]["flops_share"] < rows["gate"]["flops_share"] < rows["four gates"]["flops_share"]
+
+
 def test_rank_times_every_ranker() -> None:
     from shoal.rank import RANKERS
 

@@ -18,6 +18,7 @@ from shoal.cli.frontier import frontier
 from shoal.cli.generate import generate
 from shoal.cli.info import info
 from shoal.cli.plan import plan
+from shoal.cli.probe import app as probe
 from shoal.cli.rank import rank
 from shoal.cli.report import report
 from shoal.cli.reproduce import reproduce
@@ -72,6 +73,7 @@ generating, measuring = (generate, serve, plan), (voids, frontier, route, suits,
 for command in (*generating, rank, info, convert, tune, *measuring):
     app.command()(command)
 app.add_typer(evaluate, name="evaluate")
+app.add_typer(probe, name="probe")
 
 
 if __name__ == "__main__":

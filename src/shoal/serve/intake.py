@@ -11,6 +11,7 @@ from typing import Any
 
 from shoal.engine.engine import Engine
 from shoal.engine.intake import Plan, encode
+from shoal.engine.observing import Observer
 from shoal.engine.request import Request
 from shoal.engine.sampling import Sampling
 from shoal.errors import InvalidDraft, InvalidInput, InvalidPlan
@@ -19,6 +20,8 @@ from shoal.serve.config import ServeConfig
 from shoal.serve.errors import ApiError, invalid
 from shoal.serve.grammar import Grammars
 from shoal.serve.plans import asked, plan_of, policy_of
+from shoal.signals.guard import Guard
+from shoal.signals.probe import Probe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +42,8 @@ class Intake:
     def __init__(self, engine: Engine, config: ServeConfig) -> None:
         self.engine, self.config = engine, config
         self.grammars = Grammars(engine)
+        self.probes = {one.settings.name: one for one in map(probe_of, config.probes)}
+        self._observers: dict[tuple[str, ...], Observer | None] = {}
 
     def completion(self, body: schema.Completion) -> Job:
         """The requests of `/v1/completions`."""
@@ -161,9 +166,21 @@ class Intake:
         except InvalidInput as error:
             raise invalid(error, asked(body)) from error
 
+    def observer(self, wanted: Sequence[str]) -> Observer | None:
+        """Who reads prompts for probes of these names and for the guards; the same for requests that want the same."""
+        unknown = [name for name in wanted if name not in self.probes]
+        if unknown:
+            loaded = f"loaded here: {', '.join(self.probes)}" if self.probes else "this server has loaded none"
+            raise ApiError(400, f"probes: there is no {unknown[0]!r}; {loaded}", param="probes")
+        chosen = [one for one in self.config.probes if isinstance(one, Guard) or one.settings.name in wanted]
+        key = tuple(probe_of(one).settings.name for one in chosen)
+        if key not in self._observers:
+            self._observers[key] = self.engine.observer(chosen)
+        return self._observers[key]
+
     def prepare(
         self, prompt: Sequence[int], sampling: Sampling, body: schema.Depth, *, index: int, draft: str | None,
-        timeout_s: float | None,
+        timeout_s: float | None, probes: Observer | None = None,
     ) -> list[Request]:  # fmt: skip
         """The engine's requests for one prompt, within the operator's limits. Raises `ApiError`."""
         if draft not in (None, *self.config.drafts):
@@ -175,6 +192,7 @@ class Intake:
                 sampling,
                 self.plan(body),
                 draft=draft,
+                probes=probes,
                 index=index,
                 timeout_s=min(self.config.timeout_s, timeout_s or math.inf),
             )
@@ -203,6 +221,7 @@ class Intake:
             )
         seed = secrets.randbits(64) if body.seed is None else body.seed
         draft = self.config.draft if body.draft is None else None if body.draft == "off" else body.draft
+        probes = self.observer(body.probes)
         requests: list[Request] = []
         for index, prompt in enumerate(prompts):
             processor = None
@@ -230,7 +249,9 @@ class Intake:
                 )
             except InvalidInput as error:
                 raise invalid(error, blamed(str(error))) from error
-            requests += self.prepare(prompt, sampling, body, index=index, draft=draft, timeout_s=body.timeout_s)
+            requests += self.prepare(
+                prompt, sampling, body, index=index, draft=draft, timeout_s=body.timeout_s, probes=probes
+            )
         return Job(body=body, prompts=tuple(prompts), requests=tuple(requests))
 
     def _biases(self, given: Mapping[str, float]) -> dict[int, float]:
@@ -241,6 +262,13 @@ class Intake:
                 allowed = f"keys are token ids written as strings, 0 to {vocab_size - 1}"
                 raise ApiError(400, f"logit_bias: {allowed}, got {token!r}", param="logit_bias")
         return {int(token): bias for token, bias in given.items()}
+
+
+def probe_of(one: Probe | Guard) -> Probe:
+    """A probe, or the one that a guard asks."""
+    probe = one.probe if isinstance(one, Guard) else one
+    assert isinstance(probe, Probe)  # guards load theirs
+    return probe
 
 
 def listed(prompt: str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]]) -> list[Any]:

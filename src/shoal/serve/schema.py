@@ -106,6 +106,7 @@ class Generate(Depth):
     stream_options: StreamOptions = StreamOptions.model_validate({})
     user: str | None = Field(None, max_length=256, description="Stands in the log beside the request.")
     draft: str | None = Field(None, description="How to draft; the tokens stay the same. off: not at all.")
+    probes: list[str] = Field([], description="Names of probes that label the prompt before its first new token.")
     timeout_s: float | None = Field(None, gt=0, description="Seconds that it may take, waiting included.")
     top_k: int | None = Field(None, ge=1)
     min_p: float | None = Field(None, ge=0, le=1)

@@ -52,6 +52,8 @@ async def events(follower: Follower, reply: Reply, on_end: Callable[[list[Genera
                 break
             if chunk.generation is not None:
                 done.append(chunk.generation)
+            if chunk.labels:
+                yield sse(reply.labels_event(chunk, chunk.labels))
             if (news := reply.event(chunk)) is not None:
                 yield sse(news)
     except ApiError as error:

@@ -1,0 +1,1 @@
+"""What else a pass tells, from work that it does anyway."""
