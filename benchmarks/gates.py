@@ -13,6 +13,8 @@ from typing import Any
 from report import load
 from shoal.evaluate.markdown import table
 
+PROBES_AT_MOST = {"pool, mean": 1.06, "pool, max": 1.06, "gate": 1.06, "attention": 1.3}
+"""Time of reading prompts with probes over that without."""
 OPENVINO_AT_LEAST = {1: 0.75, 8: 0.85, 32: 0.85}
 """Our dense decoding over OpenVINO's, by batch."""
 
@@ -41,9 +43,17 @@ class Gate:
 
     def cells(self) -> list[str]:
         """A row of the table."""
-        wanted = f">= {self.at_least:g}" if self.at_most is None else f"<= {self.at_most:g}"
+        bounds = [
+            f"{sign} {bound:g}" for sign, bound in ((">=", self.at_least), ("<=", self.at_most)) if bound is not None
+        ]
         measured = "-" if self.value is None else f"{self.value:.3f}"
-        return [self.what, " ".join(str(value) for value in self.case.values()), measured, wanted, self.verdict]
+        return [
+            self.what,
+            " ".join(str(value) for value in self.case.values()),
+            measured,
+            ", ".join(bounds),
+            self.verdict,
+        ]
 
 
 def decode_gates(run: dict[str, Any]) -> Iterator[Gate]:
@@ -113,6 +123,26 @@ def entropy_gates(run: dict[str, Any]) -> Iterator[Gate]:
     yield Gate(what="entropy trace over none", case=run["case"], value=value, at_most=1.05)
 
 
+def probes_gates(run: dict[str, Any]) -> Iterator[Gate]:
+    """What probes add to reading prompts."""
+    for row in run["variants"]:
+        if (most := PROBES_AT_MOST.get(row["probes"])) is not None:
+            value = row["over_none"]["median"]
+            yield Gate(what=f"prompt time with {row['probes']}", case=run["case"], value=value, at_most=most)
+
+
+def serve_gates(run: dict[str, Any]) -> Iterator[Gate]:
+    """Where the server has all that it can do: what depth gains, and whether the engine knew before."""
+    if run["case"]["load"] != "saturated":
+        return
+    case, rows = run["case"], {row["variant"]: row for row in run["variants"]}
+    gain = rows["depth 1/2"]["speedup"]["median"]
+    yield Gate(what="depth 1/2 over dense, served", case=case, value=gain, at_least=1.3)
+    for label in ("dense", "depth 1/2"):
+        over = rows[label].get("over_forecast", {"median": None})["median"]
+        yield Gate(what=f"{label} served over forecast", case=case, value=over, at_least=0.9, at_most=1.1)
+
+
 GATES: dict[str, Callable[[dict[str, Any]], Iterator[Gate]]] = {
     "decode": decode_gates,
     "clocks": clocks_gates,
@@ -120,6 +150,8 @@ GATES: dict[str, Callable[[dict[str, Any]], Iterator[Gate]]] = {
     "scaling": scaling_gates,
     "drafting": drafting_gates,
     "entropy": entropy_gates,
+    "probes": probes_gates,
+    "serve": serve_gates,
 }
 HEADER = ("gate", "case", "measured", "wanted", "")
 

@@ -74,17 +74,18 @@ model that ships with Shoal); the quick ones only show that
 a benchmark runs. No token ends a completion."""
 
 
-def random_checkpoint(name: str, directory: Path) -> Path:
+def random_checkpoint(name: str, directory: Path, *, words: bool = False) -> Path:
     """Save the model `name` with random weights (seed 0) in its config's dtype, float32 where it names none, under `directory`,
-    once; returns its directory."""
-    path = directory / name
+    once; returns its directory. With `words` every token is a word of its own, so that what is generated has a text."""
+    path = directory / (f"{name}-words" if words else name)
     if not path.exists():
         config = MODELS[name]
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32)
-        # One word is all that the tokenizer knows: prompts are token ids.
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"?": 0}, unk_token="?")))
-        partial = path.with_name(f"{name}.partial")  # what an interrupted run leaves is never taken for whole
+        # Prompts are token ids, so one word will do where nobody reads.
+        vocabulary = {f"w{token}": token for token in range(config.vocab_size if words else 1)}
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(vocabulary, unk_token="w0")))
+        partial = path.with_name(f"{path.name}.partial")  # what an interrupted run leaves is never taken for whole
         tokenizer.save_pretrained(partial)
         model.save_pretrained(partial)
         partial.rename(path)

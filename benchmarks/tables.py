@@ -20,7 +20,9 @@ import entropy
 import gates
 import memory
 import prefill
+import probes
 import scaling
+import serve_tables
 import short_requests
 from report import RESULTS, load
 
@@ -43,6 +45,8 @@ SUMMARIES: dict[str, Callable[[list[dict[str, Any]]], str]] = {
     "agreement": each(agreement.describe),
     "drafting": each(drafting.describe),
     "entropy": entropy.describe,
+    "probes": each(probes.describe),
+    "serve": serve_tables.summary,
 }
 
 

@@ -1,4 +1,4 @@
-"""Put the tables of `results/*.json` into README.md and docs/reproduction.md, so that no number there is typed.
+"""Put the tables of `results/*.json` into README.md, docs/reproduction.md and docs/ranking.md, so that no number there is typed.
 
 python studies/study_tables.py            (rewrites them)
 python studies/study_tables.py --check    (exit status 1 if one is out of date)
@@ -12,6 +12,8 @@ from pathlib import Path
 
 import deep_reading
 import long_outputs
+import probes
+import ranking
 import recipe_table
 import self_drafting
 import suits_order
@@ -19,7 +21,7 @@ from shoal.evaluate import reproduce_tables
 from study import RESULTS, read_json
 
 HERE = Path(__file__).parent
-DOCUMENTS = (HERE / "README.md", HERE.parent / "docs" / "reproduction.md")
+DOCUMENTS = (HERE / "README.md", HERE.parent / "docs" / "reproduction.md", HERE.parent / "docs" / "ranking.md")
 SECTION = re.compile(r"(<!-- (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 DESCRIBE = {
     "recipe": recipe_table.describe,
@@ -28,6 +30,8 @@ DESCRIBE = {
     "long_outputs": long_outputs.describe,
     "suits_order": suits_order.describe,
     "self_drafting": self_drafting.describe,
+    "probes": probes.describe,
+    "ranking": ranking.describe,
     "reproduction": reproduce_tables.describe,
 }
 

@@ -1,10 +1,13 @@
-"""Comparing the greedy tokens of two ways to compute the same model."""
+"""Comparing the tokens of two ways to compute the same model."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from torch import Tensor
+
+from shoal import Sampling
+from shoal.engine.sampling import uniform_noise
 
 
 def assert_same_tokens_up_to_near_ties(
@@ -38,3 +41,38 @@ def assert_same_tokens_up_to_near_ties(
         print(f"near-tie in {where}")
         near_ties += 1
     assert near_ties <= 0.001 * sum(map(len, expected)), f"{near_ties} near-ties are more than 0.1% of tokens"
+
+
+def cumulative(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """Of the distribution of logits [..., V], along token ids."""
+    return (logits.double() / temperature).softmax(dim=-1).cumsum(dim=-1)
+
+
+def assert_near_tie(
+    ours: Sequence[int],
+    theirs: Sequence[int],
+    sampling: Sampling,
+    logits: Tensor,
+    same_texts: tuple[Sequence[Tensor], Sequence[Tensor]],
+) -> None:
+    """Two completions of one request part where rounding decides.
+
+    Greedy: where the logits of the two tokens are closer than 4x the largest difference of a logit between the ways. Sampled: where
+    the noise falls as near to the border between the two tokens, measured by their cumulative distributions.
+
+    Args:
+        logits: [tokens, V], what the tokens of `theirs` were chosen from.
+        same_texts: per text the logits [tokens, V] of both ways along the same tokens.
+    """
+    at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), None)
+    assert at is not None, f"{len(ours)} tokens against {len(theirs)}, equal as far as both go"
+    pair, temperature = (ours[at], theirs[at]), sampling.temperature
+    if temperature:
+        ways = [[cumulative(one, temperature) for one in way] for way in same_texts]
+        borders = cumulative(logits[at], temperature)[[min(pair), max(pair) - 1]]
+        gap = float((borders - uniform_noise(sampling.seed, 0, at)).abs().max())
+    else:
+        ways = [list(way) for way in same_texts]
+        gap = abs(float(logits[at][pair[0]] - logits[at][pair[1]]))
+    largest = max(float((a - b).abs().max()) for a, b in zip(*ways, strict=True))
+    assert gap < 4 * largest, f"token {at}: {pair} are {gap:.2e} apart, no near-tie: the ways differ by {largest:.2e}"

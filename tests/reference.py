@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -330,3 +330,49 @@ def rotated(heads: Tensor, positions: Sequence[int], inv_freq: Sequence[float]) 
             x, y = out[token, :, i].clone(), out[token, :, half + i].clone()
             out[token, :, i], out[token, :, half + i] = x * cos - y * sin, y * cos + x * sin
     return out
+
+
+# --- Probes -----------------------------------------------------------------------------------------------------------
+
+
+def probe_logits(
+    states: Tensor,
+    tensors: Mapping[str, Tensor],
+    operator: str,
+    *,
+    pooling: str = "mean",
+    gate_scale: float = 1.0,
+    heads: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """A two-stage probe (arXiv 2601.13288, section 3) of one prompt's stored states [levels, T, d], in float64.
+
+    Tokens to a vector for each level, then levels to one. Returns that vector [d] and the logits [C].
+    """
+    given = {name: tensor.double() for name, tensor in tensors.items()}
+
+    def of_rows(rows: Tensor, stage: str, level: int | None) -> Tensor:
+        """[N, d] to [d]."""
+
+        def tensor(name: str) -> Tensor:
+            whole = given[f"{stage}_{name}"]
+            return whole if level is None else whole[level]
+
+        if operator == "pool":
+            return rows.mean(dim=0) if pooling == "mean" else rows.max(dim=0).values
+        if operator == "gate":
+            weights = [math.exp(gate_scale * math.tanh(float(tensor("gate") @ row))) for row in rows]
+            return torch.stack([weight / sum(weights) * row for weight, row in zip(weights, rows, strict=True)]).sum(
+                dim=0
+            )
+        q, k, v = (rows @ part for part in tensor("qkv").chunk(3, dim=1))
+        width = q.shape[1] // heads
+        of_heads = []
+        for head in range(heads):
+            here = slice(head * width, (head + 1) * width)
+            of_heads.append((q[:, here] @ k[:, here].T / math.sqrt(width)).softmax(dim=1) @ v[:, here])
+        attended = torch.cat(of_heads, dim=1) @ tensor("out")
+        return attended.mean(dim=0) if pooling == "mean" else attended.max(dim=0).values
+
+    levels = torch.stack([of_rows(rows, "token", level) for level, rows in enumerate(states.double())])
+    vector = of_rows(levels, "layer", None)
+    return vector, given["head"] @ vector + given["head_bias"]

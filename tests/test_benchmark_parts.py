@@ -15,6 +15,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import decode_tables
 import gates
+import http_load
+import serve_process
 import served
 from machine import Limits
 from models import random_checkpoint
@@ -130,3 +132,46 @@ def test_the_summary_names_every_peer_and_those_that_are_absent() -> None:
     assert ["M", "bfloat16", "1", "100", "-", "-", "2.00", "1.90 (0.95)", "1.70 (0.85)"] in lines
     assert ["M", "bfloat16", "8", "100", "200 (0.90, 1.80)", "200 (1.80, 3.60)"] in lines
     assert "- vllm is absent (M bfloat16): not installed" in summary
+
+
+def test_what_is_served_is_held_beside_what_was_forecast() -> None:
+    def row(variant: str, speedup: float, over: float) -> dict[str, Any]:
+        return {"variant": variant, "speedup": {"median": speedup}, "over_forecast": {"median": over}}
+
+    case = {"model": "M", "dtype": "bfloat16", "load": "saturated"}
+    run = {"case": case, "variants": [row("dense", 1, 0.95), row("depth 1/2", 1.2, 1.2)]}
+    found = gates.gates_of("serve", [run, {"case": case | {"load": "0.5"}, "variants": []}])
+    assert [gate.verdict for gate in found] == ["FAIL", "PASS", "FAIL"]
+    assert found[1].cells()[3] == ">= 0.9, <= 1.1"
+    del run["variants"][0]["over_forecast"]
+    assert gates.gates_of("serve", [run])[1].verdict == "not measured"
+
+
+def test_a_forecast_of_full_slots_counts_whole_fillings(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In units of layers that a pass reads. Where only they cost, waves are best: every filling is one batch at one clock. At once,
+    evenly staggered rows keep deep layers busy in every pass."""
+    monkeypatch.setattr(engine.step_time, "seconds", lambda work: float(work[1]))
+    new_tokens, num_layers = 33, engine.shape.num_layers
+    sizes = {"prompt_tokens": 4, "new_tokens": new_tokens}
+    assert serve_process.forecast(engine, depths=[1], **sizes)["seconds"] == num_layers * new_tokens
+    plan = SkipDecode(depth=1 / 2).plan(num_layers, max_new_tokens=new_tokens)
+    sizes |= {"staggered": True}
+    in_waves = serve_process.forecast(engine, depths=[1 / 2], **sizes)
+    assert in_waves["level"] == 0
+    assert in_waves["seconds"] == num_layers + sum(plan.depth(clock) for clock in range(new_tokens - 1))
+    assert (
+        serve_process.forecast(engine, depths=[1 / 2], **sizes | {"staggered": False})["seconds"] == in_waves["seconds"]
+    )
+    at_once = serve_process.forecast(engine, depths=[1 / 2], waves=False, **sizes)
+    assert in_waves["seconds"] < at_once["seconds"] <= num_layers * new_tokens
+
+
+def test_arrivals_are_random_and_come_at_the_rate() -> None:
+    times = http_load.arrivals(5, 2000, seed=1)
+    assert times == sorted(times) == http_load.arrivals(5, 2000, seed=1) != http_load.arrivals(5, 2000, seed=2)
+    assert times[-1] == pytest.approx(2000 / 5, rel=0.1)
+
+
+def test_a_request_is_timed_by_its_events() -> None:
+    answer = http_load.Answer(sent_s=1, token_s=[3, 4, 6], num_tokens=5)  # two tokens came with others
+    assert (answer.first_s, answer.gaps_s, answer.per_token_s) == (2, [1, 2], 3 / 4)

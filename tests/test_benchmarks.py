@@ -130,3 +130,41 @@ def test_drafting_emits_the_same_tokens() -> None:
     edited = {row["draft"]: row for row in runs[0]["variants"]}
     assert edited["suffix"]["tokens_per_pass"] > 1.5
     assert edited["suffix"]["acceptance"] > 0.5
+
+
+def test_probes_are_timed_beside_none() -> None:
+    (one,) = run("probes.py", "--dtypes", "float32", "--gates")
+    rows = {row["probes"]: row for row in one["variants"]}
+    assert list(rows) == ["none", "pool, mean", "pool, max", "gate", "four gates", "attention"]
+    assert rows["none"]["over_none"] == {"median": 1, "min": 1, "max": 1}
+    assert rows["none"]["flops_share"] == rows["none"]["parameters"] == 0
+    assert rows["four gates"]["parameters"] == 4 * rows["gate"]["parameters"]
+    assert 0 < rows["pool, max"]["flops_share"] < rows["gate"]["flops_share"] < rows["four gates"]["flops_share"]
+
+
+def test_rank_times_every_ranker() -> None:
+    from shoal.rank import RANKERS
+
+    (one,) = run("rank.py", "--gates")
+    assert one["seconds_per_1000_queries"].keys() == RANKERS.keys()
+    assert (one["budget"], one["batch"], one["documents"]) == (200, 32, 100)
+
+
+def test_the_server_is_asked_at_every_load_by_every_variant() -> None:
+    poisson, saturated = run("serve.py", "--gates")
+    half = "depth 1/2, staggered"
+    assert [one["case"]["load"] for one in (poisson, saturated)] == ["0.5", "saturated"]
+    for one in (poisson, saturated):
+        labels = [row["variant"] for row in one["variants"]]
+        assert labels == ["dense", "depth 1/2", half, f"{half}, at once", "depth 1/5", "mixed"]
+        target = one["target"]
+        assert target["ttft_at_most_s"] == pytest.approx(5 * target["alone_ttft_s"], rel=1e-2)
+        for row in one["variants"]:
+            assert row["requests"] == 8
+            for latency in ("ttft_s", "itl_s", "tpot_s"):
+                percentiles = list(row[latency].values())
+                assert percentiles == sorted(percentiles)
+            assert row["goodput_per_s"] == pytest.approx(row["good_share"] * row["offered_per_s"], rel=1e-2)
+    assert saturated["variants"][0]["over_forecast"]["median"] > 0
+    assert all(row["tokens_per_event"] == 1 for row in saturated["variants"])
+    assert all(0 < row["pass_share"]["median"] < 1 for row in saturated["variants"])

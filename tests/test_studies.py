@@ -138,3 +138,31 @@ def test_suits_and_self_drafting_compare_the_recipes_arms(e2e: Path, tmp_path: P
     assert [depth["depth"] for depth in result["depths"]] == [1 / 2, 1 / 3, 1 / 5]
     for depth in result["depths"]:
         assert {one["policy"] for one in depth["policies"]} == {"skipdecode", "unified"}
+
+
+def test_probes_are_tried_beside_their_baselines(tmp_path: Path) -> None:
+    (tmp_path / "cls_sst2").mkdir()
+    for name, count in (("train", 60), ("dev", 8), ("test", 20)):
+        lines = (f"{i % 2}\t{'good' if i % 2 else 'bad'} film , number {i} of {name}\n" for i in range(count))
+        (tmp_path / "cls_sst2" / f"{name}.tsv.gz").write_bytes(gzip.compress("".join(lines).encode()))
+    options = [
+        "--model",
+        "shoal-e2e",
+        "--data",
+        tmp_path,
+        "--work",
+        tmp_path / "work",
+        "--arms",
+        "SST-2",
+        "--seeds",
+        "0",
+        "1",
+    ]
+    result, printed = run("probes.py", *options)
+    arms = result["tasks"]["SST-2"]
+    assert {"pool", "gate", "attention", "MULI", "bag of words", "gate of 1", "gate of 11"} <= arms.keys()
+    assert arms["gate"].keys() == {"0", "1"}
+    assert all(one["quality"]["num_prompts"] == 20 for arm in arms.values() for one in arm.values())
+    assert "at least pooling on" in printed
+    again, _ = run("probes.py", *options)
+    assert again["tasks"] == result["tasks"]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from compared_runs import Job
 from shoal import Engine
+from shoal.engine.drafting import Drafting
 from shoal.models.checkpoint import load_checkpoint
 from shoal.models.decoder import Decoder
 from shoal.models.executor import Executor
@@ -59,12 +60,14 @@ class Guide:
         return forced
 
 
-def logits_along(engine: Engine, jobs: Sequence[Job], completions: Sequence[Sequence[int]]) -> list[Tensor]:
+def logits_along(
+    engine: Engine, jobs: Sequence[Job], completions: Sequence[Sequence[int]], drafts: Sequence[Drafting] | None = None
+) -> list[Tensor]:
     """float32 [generated, V] of each job, all in one call, while every job is made to emit its given completion."""
     guides = [Guide(completion, []) for completion in completions]
     prompts, samplings, plans = (list(column) for column in zip(*jobs, strict=True))
     guided: list[Callable[..., Tensor]] = list(guides)
     samplings = [replace(one, processor=guide) for one, guide in zip(samplings, guided, strict=True)]
-    generations = engine.generate(prompts, samplings, plans)
+    generations = engine.generate(prompts, samplings, plans, draft=drafts)
     assert [g.token_ids for g in generations] == [tuple(completion) for completion in completions]
     return [torch.stack(guide.rows) for guide in guides]

@@ -13,8 +13,11 @@ from shoal.depth.unified import UnifiedSkip
 from shoal.draft.drafter import Drafter
 from shoal.engine.engine import Engine
 from shoal.engine.ledger import Ledger
+from shoal.engine.observing import Label
 from shoal.engine.request import Chunk, Generation
 from shoal.engine.sampling import Sampling
+from shoal.signals.guard import Guard, make_observer
+from shoal.signals.probe import Probe
 
 __all__ = [
     "Chunk",
@@ -24,8 +27,11 @@ __all__ = [
     "EarlyTermination",
     "Engine",
     "Generation",
+    "Guard",
     "HierarchicalSkip",
+    "Label",
     "Ledger",
+    "Probe",
     "Sampling",
     "SkipDecode",
     "TunedDepth",
@@ -34,6 +40,8 @@ __all__ = [
     "load_router",
 ]
 
-Engine.make_drafter = Drafter  # the engine knows no proposers, and they know the engine: they meet here
+# The engine knows neither proposers nor probes, and they know the engine: they meet here.
+Engine.make_drafter = Drafter
+Engine.make_observer = make_observer
 
 __version__ = version("shoal")

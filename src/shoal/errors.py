@@ -10,6 +10,8 @@
     │   ├── UnsupportedArchitecture    not one of the families in `shoal.models.families`
     │   └── PickledCheckpoint          weights are pickles: run `shoal convert` first
     ├── RequestFailed                  a request ended early; the others did not (e.g. NaN logits)
+    ├── LanguageModelError             a model that was asked through `shoal.lm` failed, after all retries
+    │   └── NoLogprobs                 a server that was asked for log-probabilities answered without them
     ├── TuningDiverged                 a loss or gradient that is not finite ended a tuning run
     └── MissingExtra                   an optional dependency is absent; the message names the extra
 
@@ -60,6 +62,14 @@ class PickledCheckpoint(CheckpointError):
 
 class RequestFailed(ShoalError):
     """One request ended early while its company went on (NaN logits, a user's processor that raised)."""
+
+
+class LanguageModelError(ShoalError):
+    """A language model failed to answer, after all retries; what it answered before is in the cache, where there is one."""
+
+
+class NoLogprobs(LanguageModelError):
+    """A server that was asked for log-probabilities answered without them."""
 
 
 class TuningDiverged(ShoalError):

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from compared_runs import Job
 from families import CONFIGS, save, tiny_model
+from near_ties import cumulative
 from shoal import Dense, Engine, Sampling
 from shoal.depth.early_termination import EarlyTermination
 from shoal.draft import NGram, SelfDraft, Suffix
@@ -86,11 +87,6 @@ def measure(rounded: Engine, referee: Engine, jobs: Sequence[Job], completions: 
         cumulative=float((cumulative(every_got) - cumulative(every_exact)).abs().max()),
         relative=float(off.square().mean().sqrt() / every_exact.std()),
     )
-
-
-def cumulative(logits: Tensor) -> Tensor:
-    """Of the distribution of logits [..., V] at temperature 1."""
-    return logits.double().softmax(dim=-1).cumsum(dim=-1)
 
 
 def part(ours: Sequence[int], theirs: Sequence[int]) -> int | None:

@@ -12,7 +12,9 @@ import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
 
+from running import running
 from shoal import Engine, Sampling, SkipDecode
+from shoal.serve.config import ServeConfig
 from shoal.signals.traces import read_traces
 
 PROMPT = "the shoal turns as one"
@@ -221,6 +223,28 @@ def test_scores(client: OpenAI, alone: Engine) -> None:
     assert shallow["data"][0]["logprob"] != pytest.approx(dense["data"][0]["logprob"], abs=1e-3)
 
 
+def test_scores_after_a_special_token() -> None:
+    """shoal-e2e's prompts end with one: two continuations were cut to the same tokens once, their first ones lost."""
+    engine = Engine.from_pretrained("shoal-e2e", max_batch=4, cache_gib=0.1)
+    body = {"model": "m", "prompt": "name[Zizzi]", "continuations": ["Zizzi is near", "Clowns is near"]}
+    with running(engine, ServeConfig(model="m")) as url, OpenAI(base_url=f"{url}/v1", api_key="none") as client:
+        answer: Any = client.post("/score", body=body, cast_to=object)
+    right, wrong = answer["data"]
+    assert engine.tokenizer.decode(right["tokens"]) == "Zizzi is near"
+    assert right["logprob"] > wrong["logprob"] + 1
+
+
+def test_forms_that_are_too_large() -> None:
+    """The request gives up, soon: each token of it would keep the model's thread from everybody else's."""
+    engine = Engine.from_pretrained("shoal-e2e", max_batch=1, cache_gib=0.1)
+    body: dict[str, Any] = {"model": "m", "prompt": "name[Zizzi]"}
+    form = {"response_format": {"type": "regex", "regex": "(a{500}){500}"}}
+    with running(engine, ServeConfig(model="m")) as url, OpenAI(base_url=f"{url}/v1", api_key="none") as client:
+        with pytest.raises(openai.BadRequestError, match=r"response_format.*too many"):
+            client.completions.create(**body, extra_body=form)
+        assert client.completions.create(**body).choices
+
+
 def test_models_and_tokens(client: OpenAI, url: str) -> None:
     """The model by name, and text to tokens and back."""
     assert [model.id for model in client.models.list()] == ["tiny"]
@@ -246,13 +270,27 @@ REFUSED: list[tuple[dict[str, Any], str | None]] = [
     ({"prompt": ""}, "prompt"),
     ({"prompt": []}, "prompt"),
     ({"prompt": [1, 99999]}, "prompt"),
+    ({"prompt": 5}, "prompt"),
+    ({"prompt": [1, -1]}, "prompt[1]"),
     ({"best_of": 2}, "best_of"),
     ({"suffix": "end"}, "suffix"),
     ({"stop": [""]}, "stop"),
     ({"logit_bias": {"x": 1}}, "logit_bias"),
     ({"logit_bias": {"999999": 1}}, "logit_bias"),
+    ({"logit_bias": {"65": 101}}, "logit_bias.65"),
+    ({"presence_penalty": 1e300}, "presence_penalty"),
+    ({"frequency_penalty": -101}, "frequency_penalty"),
+    ({"extra_body": {"repetition_penalty": 5e-324}}, "repetition_penalty"),
     ({"logprobs": 21}, "logprobs"),
-    ({"stream_options": {"include_usage": True}}, None),
+    ({"stop": ["a"] * 33}, "stop"),
+    ({"stop": "a" * 257}, "stop"),
+    ({"stop": ["a", "b" * 257]}, "stop[1]"),
+    ({"logit_bias": {str(token): 1 for token in range(1025)}}, "logit_bias"),
+    ({"stream_options": {"include_usage": True}}, "stream_options"),
+    ({"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation"),
+    ({"prompt": "x" * 10**6}, "prompt"),
+    ({"extra_body": {"service_tier": "flex"}}, "service_tier"),
+    ({"extra_body": {"metadata": {"a": "b"}}}, "metadata"),
     ({"extra_body": {"depth": 2}}, "depth"),
     ({"extra_body": {"depth": 0.01}}, "depth"),
     ({"extra_body": {"depth": 0.5, "plan": {"policy": "skipdecode"}}}, "plan"),
@@ -263,10 +301,62 @@ REFUSED: list[tuple[dict[str, Any], str | None]] = [
     ({"extra_body": {"draft": "trigram"}}, "draft"),
     ({"extra_body": {"tools": []}}, "tools"),
     ({"extra_body": {"response_format": {"type": "regex", "regex": "("}}}, "response_format"),
-    ({"extra_body": {"response_format": {"type": "json_schema"}}}, "response_format"),
+    ({"extra_body": {"response_format": {"type": "json_schema"}}}, "response_format.json_schema"),
     ({"extra_body": {"min_tokens": 30}}, "min_tokens"),
     ({"extra_body": {"timeout_s": 0}}, "timeout_s"),
 ]
+
+
+CHAT_REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"max_completion_tokens": 201}, "max_completion_tokens"),
+    ({"max_completion_tokens": 5, "max_tokens": 5}, "max_tokens"),
+    ({"max_tokens": 0}, "max_tokens"),
+    ({"messages": [{"role": "user", "content": "x" * 100}], "max_completion_tokens": 200}, "max_completion_tokens"),
+    ({"messages": [{"role": "user", "content": "x" * 10**6}]}, "messages"),
+    ({"messages": []}, "messages"),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+        "messages[0].content",
+    ),
+    ({"top_logprobs": 2}, "top_logprobs"),
+    ({"store": True}, "store"),
+    ({"parallel_tool_calls": False}, "parallel_tool_calls"),
+    ({"reasoning_effort": "high"}, "reasoning_effort"),
+    ({"modalities": ["audio"]}, "modalities"),
+    ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+    ({"tool_choice": "none"}, "tool_choice"),
+]
+
+
+@pytest.mark.parametrize(("body", "param"), CHAT_REFUSED, ids=[str(body)[:60] for body, _ in CHAT_REFUSED])
+def test_refusals_of_chats_name_the_field(client: OpenAI, body: dict[str, Any], param: str) -> None:
+    """Among them what this server cannot do at all, with the reason."""
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.chat.completions.create(**{"model": "tiny", "messages": [{"role": "user", "content": "x"}], **body})
+    assert (refused.value.param or "").startswith(param), refused.value.message
+    if param.startswith("tool"):
+        assert "calls no tools" in refused.value.message
+
+
+def test_defaults_of_openai_are_no_reason_to_refuse(client: OpenAI) -> None:
+    """Fields that say what holds anyway; and a conversation goes on with the message that came back."""
+    harmless: dict[str, Any] = {
+        "store": False, "service_tier": "auto", "parallel_tool_calls": True, "modalities": ["text"], "max_tokens": 3, "seed": -1,
+    }  # fmt: skip
+    messages: list[Any] = [{"role": "user", "content": "x"}]
+    answer = client.chat.completions.create(model="tiny", messages=messages, **harmless)
+    messages += [answer.choices[0].message, {"role": "user", "content": "y", "name": "z"}]
+    assert client.chat.completions.create(model="tiny", messages=messages, **harmless).choices
+    options: dict[str, Any] = {"include_usage": True, "include_obfuscation": False}
+    pieces = list(complete(client, stream=True, stream_options=options, extra_body={"service_tier": "default"}))
+    assert pieces[-1].usage is not None
+
+
+@pytest.mark.parametrize("body", [{"n": 2}, {"prompt": ["a", "b"]}])
+def test_a_plan_is_of_one_completion(client: OpenAI, body: dict[str, Any]) -> None:
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.post("/plan", body={"model": "tiny", "prompt": "a", **body}, cast_to=object)
+    assert refused.value.param == next(iter(body))
 
 
 @pytest.mark.parametrize(("body", "param"), REFUSED, ids=[str(body)[:60] for body, _ in REFUSED])

@@ -109,6 +109,7 @@ class Tally:
         ledger = Ledger.of(
             shape,
             prompt_tokens=prompt_tokens,
+            prompt_heads=1,
             new_tokens=new_tokens,
             decode_passes=passes,
             prompt_layer_tokens=layers * prompt_tokens,

@@ -20,7 +20,7 @@ from shoal.errors import InvalidInput
 
 OWN_FIELDS = {
     "index", "sample", "completion", "token_ids", "logprobs", "trace", "finish_reason", "past_horizon", "error", "usage",
-    "settings",
+    "labels", "settings",
 }  # fmt: skip
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from dataclasses import MISSING, fields, replace
+from collections.abc import Sequence
+from dataclasses import MISSING, asdict, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -32,6 +33,7 @@ from shoal.engine.run_cost import RunCost
 from shoal.engine.sampling import Sampling
 from shoal.errors import InvalidInput
 from shoal.models.checkpoint import load_tokenizer
+from shoal.signals.probe import Probe
 
 
 def generate(
@@ -82,6 +84,14 @@ def generate(
         Path | None,
         option(
             "Drafting", "Draft with these layers of the model itself: a file of `shoal draft-plan`.", metavar="FILE"
+        ),
+    ] = None,
+    probe: Annotated[
+        list[Path] | None,
+        option(
+            "Probes",
+            "Label each prompt, in the pass that reads it: a file of `shoal probe fit`; may be repeated.",
+            metavar="FILE",
         ),
     ] = None,
     max_new_tokens: Annotated[int, option("Sampling", "Most tokens to emit, end of sequence included.")] = 64,
@@ -177,7 +187,14 @@ def generate(
         entropy_top_k=20 if entropy else None,
     )
     settings = settings_of(
-        policy, sampling, model=model, revision=revision, dtype=dtype, token_ids=token_ids, router=router
+        policy,
+        sampling,
+        model=model,
+        revision=revision,
+        dtype=dtype,
+        token_ids=token_ids,
+        router=router,
+        probes=probe or (),
     )
     with CompletionsFile(out, lines, samples=n, settings=settings, resume=resume) as completions:
         engine = Engine.from_pretrained(
@@ -194,7 +211,15 @@ def generate(
         if first:
             console.print(f"{first} of {len(lines)} prompts are done already", highlight=False)
         run_todo = partial(
-            run_prompts, engine, lines, sampling, first=first, timeout_s=timeout_s, draft=drafting, console=console
+            run_prompts,
+            engine,
+            lines,
+            sampling,
+            first=first,
+            timeout_s=timeout_s,
+            draft=drafting,
+            console=console,
+            probes=probe or (),
         )
 
         def write(done: Generation) -> None:
@@ -229,6 +254,7 @@ def settings_of(
     dtype: str,
     token_ids: bool,
     router: Path | None = None,
+    probes: Sequence[Path] = (),
 ) -> dict[str, Any]:
     """What decides the completions, where it is not the default, as it comes out of JSON."""
     settings: dict[str, Any] = {"model": model}
@@ -240,6 +266,8 @@ def settings_of(
         settings["token_ids"] = True
     if router is not None:
         settings["router"] = str(router)
+    if probes:
+        settings["probes"] = [Probe.load(path).version for path in probes]
     name = next((name for name, kind in POLICIES.items() if isinstance(policy, kind)), "")
     if name not in ("", "skipdecode"):
         settings["policy"] = name
@@ -280,6 +308,8 @@ def record(done: Generation, *, token_ids: bool) -> dict[str, Any]:
     if done.error is not None:
         fields["error"] = done.error
     fields["past_horizon"] = done.past_horizon
+    if done.labels is not None:
+        fields["labels"] = {name: asdict(label) for name, label in done.labels.items()}
     if done.drafting is not None:
         fields["drafting"] = {
             "drafted": done.drafting.drafted,

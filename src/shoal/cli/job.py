@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -27,6 +28,7 @@ def run_prompts(
     first: int = 0,
     timeout_s: float | None = None,
     draft: object = None,
+    probes: Sequence[Path] = (),
     on_finish: Callable[[Generation], None] | None = None,
     console: Console,
     label: str,
@@ -36,11 +38,21 @@ def run_prompts(
     Prompt i has the seed `sampling.seed + i`: with one seed for all, equal prompts would have equal completions.
     All prompts are checked before anything runs: raises the engine's error with the prompt's line number.
     """
+    observer = engine.observer(list(probes))
     refused: list[tuple[int, ShoalError]] = []
     for index, line in enumerate(prompts[first:], start=first):
         its_own = replace(sampling, seed=(sampling.seed + index) % 2**64)
         try:
-            engine.add(line.prompt, its_own, policy, draft=draft, index=index, timeout_s=timeout_s, streaming=False)
+            engine.add(
+                line.prompt,
+                its_own,
+                policy,
+                draft=draft,
+                probes=observer,
+                index=index,
+                timeout_s=timeout_s,
+                streaming=False,
+            )
         except (InvalidPlan, InvalidDraft):
             raise
         except ShoalError as error:

@@ -13,11 +13,14 @@ from shoal import __version__
 from shoal.cli.convert import convert
 from shoal.cli.defer import defer
 from shoal.cli.draft_plan import draft_plan
+from shoal.cli.evaluate import evaluate
 from shoal.cli.frontier import frontier
 from shoal.cli.generate import generate
 from shoal.cli.info import info
 from shoal.cli.monitor import monitor
 from shoal.cli.plan import plan
+from shoal.cli.probe import app as probe
+from shoal.cli.rank import rank
 from shoal.cli.report import report
 from shoal.cli.reproduce import reproduce
 from shoal.cli.route import route
@@ -68,9 +71,11 @@ def main(
 
 
 generating, measuring = (generate, serve, plan), (voids, frontier, route, suits, defer, draft_plan, report, reproduce)
-for command in (*generating, info, convert, tune, *measuring):
+for command in (*generating, rank, info, convert, tune, *measuring):
     app.command()(command)
 app.add_typer(monitor, name="monitor")
+app.add_typer(evaluate, name="evaluate")
+app.add_typer(probe, name="probe")
 
 
 if __name__ == "__main__":

@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import math
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import typer
 from rich.console import Console
@@ -19,6 +19,10 @@ from shoal.depth.plan import Dense
 from shoal.engine.engine import Engine
 from shoal.engine.intake import resolve_plan
 from shoal.errors import InvalidInput, MissingExtra
+
+if TYPE_CHECKING:
+    from shoal.signals.guard import Guard
+    from shoal.signals.probe import Probe
 
 T = TypeVar("T")
 LOCAL = ("127.0.0.1", "::1", "localhost")
@@ -43,6 +47,18 @@ def serve(
     draft: Annotated[
         Literal["auto", "self", "ngram", "suffix"] | None,
         option("Drafting", "How requests are drafted for that do not say. Default: not at all."),
+    ] = None,
+    probe: Annotated[
+        list[Path] | None,
+        option("Probes", "File of a probe that requests may ask for by name; repeat for more.", metavar="FILE"),
+    ] = None,
+    guard: Annotated[
+        list[str] | None,
+        option(
+            "Probes",
+            "Answer nothing to prompts that this probe gives this label: finish_reason is content_filter.",
+            metavar="NAME=LABEL",
+        ),
     ] = None,
     max_tokens: Annotated[int, option("Limits", "Most new tokens of a request.")] = 1024,
     max_queue: Annotated[int, option("Limits", "Most requests that wait; the next one is answered 429.")] = 256,
@@ -76,8 +92,8 @@ def serve(
     except ImportError as error:
         raise MissingExtra(f"serving needs more ({error.name} is missing): pip install 'shoal[serve]'") from error
     from shoal.serve.config import ServeConfig
-    from shoal.serve.intake import plan_of, policy_of
     from shoal.serve.limits import read_keys
+    from shoal.serve.plans import plan_of, policy_of
     from shoal.serve.schema import Plan
 
     if depth is not None and plan is not None:
@@ -95,6 +111,7 @@ def serve(
         max_body_bytes=int(max_body_mib * 2**20),
         body_timeout_s=body_timeout_s,
         api_keys=keys,
+        probes=probes_of(probe or (), guard or ()),
     )
     with listen(host, port) as listening:
         console = Console(stderr=True)
@@ -112,8 +129,9 @@ def serve(
             )
         if depth is not None:
             config = replace(config, plan=policy_of(engine.tuned, depth))
-        # An impossible plan is refused now, rather than by each request.
+        # An impossible plan, and probes of another model, are refused now, rather than by each request.
         resolve_plan(config.plan, 1, max_tokens, engine.shape.num_layers, engine.tuned)
+        engine.observer(config.probes)
         if host not in LOCAL and not keys:
             console.print(f"Whoever reaches {host} can use this server: --api-key-file asks for keys.", style="yellow")
         logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
@@ -132,6 +150,32 @@ def serve(
             timeout_graceful_shutdown=math.ceil(timeout_s),
         )
         uvicorn.Server(served).run(sockets=[listening])
+
+
+def probes_of(files: Sequence[Path], guards: Sequence[str]) -> tuple[Probe | Guard, ...]:
+    """Probes, those that guard as guards. Raises `InvalidInput` for a guard that names no probe or no label of it."""
+    from shoal.signals.guard import Guard
+    from shoal.signals.probe import Probe
+
+    probes: dict[str, Probe | Guard] = {}
+    for path in files:
+        loaded = Probe.load(path)
+        if loaded.settings.name in probes:
+            raise InvalidInput(f"--probe {path}: there is one named {loaded.settings.name!r} already")
+        probes[loaded.settings.name] = loaded
+    labels: dict[str, list[str]] = {}
+    for one in guards:
+        name, equals, label = one.partition("=")
+        if not equals or name not in probes:
+            raise InvalidInput(
+                f"--guard {one}: write NAME=LABEL with the name of a --probe ({', '.join(probes) or 'none'})"
+            )
+        labels.setdefault(name, []).append(label)
+    for name, stop_on in labels.items():
+        guarded = probes[name]
+        assert isinstance(guarded, Probe)
+        probes[name] = Guard(probe=guarded, stop_on=tuple(stop_on))
+    return tuple(probes.values())
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -14,7 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from shoal.engine.slots import SlotTable
-from shoal.engine.step_time import StepTime, pass_work
+from shoal.engine.step_time import pass_work
+from shoal.engine.tally import Tally
 
 COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512, 1024)
 """Tokens added to a pass that are looked at: prices are estimates, so every number would be no better."""
@@ -30,14 +31,16 @@ PassSeconds = Callable[[Mapping[int, int]], float | None]
 """Predicted seconds of the pass at hand if it verifies so many drafted tokens, by slot; None while not measured."""
 
 
-def pass_seconds(tokens: Mapping[int, int], slots: SlotTable, step_time: StepTime) -> PassSeconds:
-    """What `step_time` predicts of a pass that brings `tokens` (by slot) beside the drafted ones."""
-    order = np.fromiter(tokens, dtype=np.int64)
+def pass_seconds(tokens: Mapping[int, int], slots: SlotTable, tally: Tally) -> PassSeconds:
+    """What is predicted of a pass that brings `tokens` (by slot) beside the drafted ones. Costs nothing until it is asked."""
 
     def seconds(added: Mapping[int, int]) -> float | None:
+        order = np.fromiter(tokens, dtype=np.int64)
         counts = np.array([count + added.get(slot, 0) for slot, count in tokens.items()])
         num_logits = len(tokens) + sum(added.values())
-        return step_time.seconds(pass_work(slots.served(order, counts), slots.num_computed[order], counts, num_logits))
+        return tally.step_time.seconds(
+            pass_work(slots.served(order, counts), slots.num_computed[order], counts, num_logits)
+        )
 
     return seconds
 
@@ -85,13 +88,14 @@ def trial(ranked: Sequence[tuple[float, int]]) -> dict[int, int]:
 
 
 def model_length(
-    chance: float, rows: Sequence[int], num_rows: int, seconds: PassSeconds, *, most: int, draft_s: float | None
-) -> int | None:
+    chance: float, rows: Sequence[int], num_rows: int, seconds: PassSeconds, *, most: int, draft_s: float | None,
+    slowness: float = 1.0,
+) -> int | None:  # fmt: skip
     """How many tokens a model should draft for `rows` (slots), if each is accepted with `chance`; 0 where none pay, None where what
     it takes has not been measured.
 
     Args: `num_rows` and `seconds`: see `lengths`; `most`: the longest draft; `draft_s`: seconds per token drafted for all of
-    `rows`, None while not measured.
+    `rows`, None while not measured; `slowness`: how many times longer than predicted such steps take than those without a draft.
     """
     base = seconds({})
     if base is None or draft_s is None:
@@ -103,7 +107,7 @@ def model_length(
         took = seconds(dict.fromkeys(rows, count))
         if took is None:  # one token more than is known to be good, or nothing is known
             return count if best and best == count - 1 else best or None
-        goodput = (num_rows + gained) / (took + count * draft_s)
+        goodput = (num_rows + gained) / (took + count * draft_s) / slowness
         if goodput < before:
             break  # the next token would gain less than this one, and cost as much
         before = goodput

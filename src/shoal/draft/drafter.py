@@ -1,12 +1,8 @@
 """Who drafts what, and how much: proposers by request, calibrated chances, lengths by goodput.
 
-    resolve     draft= becomes proposers, shared by requests that ask alike
-    propose     lookups, and models where they pay; the better of each row; how many of its tokens the pass verifies
-    committed   what came is held against all that was proposed, verified or not
-
-Lookups go on while drafting is off, unless they take more of a step than they bring, and what they would have drafted is compared
-with what came: the engine sees when to begin again. What does not pay is tried again after 16 passes, then 32, up to 256, and a
-model anew when half of the rows have gone.
+resolve     draft= becomes proposers, shared by requests that ask alike
+propose     lookups, and models where they pay; the better of each row; how many of its tokens the pass verifies
+committed   what came is held against all that was proposed, verified or not
 """
 
 from __future__ import annotations
@@ -20,90 +16,25 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from shoal.draft.acceptance import Acceptance
 from shoal.draft.choices import Auto, Choice, SelfDraft, Suffix, choice_of
-from shoal.draft.control import STOP_AT, TRIAL_TOKENS, PassSeconds, lengths, model_length, pass_seconds
-from shoal.draft.proposal import Lookup, ModelProposer, Proposal
-from shoal.draft.resolve import check_choice, key_of, make_proposer
+from shoal.draft.control import PassSeconds, lengths, pass_seconds
+from shoal.draft.proposal import Proposal
+from shoal.draft.resolve import check_choice, key_of, make_source
+from shoal.draft.sources import LookupSource, ModelSource, Source, slower
 from shoal.engine.drafting import Draft, DraftRow
 from shoal.engine.request import Request
 
 if TYPE_CHECKING:
     from shoal.engine.engine import Engine
 
-FIRST_RETRY, LAST_RETRY = 8, 256
-"""Passes before a model that did not pay is tried again, by one token: half of the first time, and at most."""
-HOPEFUL, FIRST_TRIALS = 0.4, 6
-"""Share of accepted tokens above which a model is tried at once where its passes have not been measured, and how often in a row."""
-WEIGHT = 1 / 16
-"""Of one token in the share of a model's that are accepted."""
 LOOKUP_WORTH = 0.5
 """Chance of its first token from which on a lookup is taken without asking a model."""
-LOOKUP_SHARE = 0.01
-"""Share of a step's seconds that a lookup may take whatever it brings."""
 LEAST_CHANCE = 0.05
 """Chance below which a drafted token is not worth a thought."""
 MAX_PASS_DRAFT = 192
 """Most drafted tokens in a pass: each wants logits."""
 MAX_SOURCES = 64
 """Proposers kept, the last ones that were asked for."""
-
-
-@dataclass(eq=False)
-class Source:
-    """A proposer with what has been learnt of it."""
-
-    proposer: Lookup | ModelProposer
-    acceptance: Acceptance = field(init=False)
-    mean_chance: float = 0.7
-    """Share of its tokens that were accepted, of late."""
-    retry_after: int = FIRST_RETRY
-    passes_off: int = 0
-    rows_off: int = 0
-    """Rows for which a model was found not to pay."""
-    trials: int = 0
-    """In a row, of a model whose passes have not been measured."""
-    passes_on: int = 0
-    share: float = 0.0
-    """Of a lookup: recent share of a step's seconds that it took."""
-    gain: float = 0.0
-    """Of a lookup: tokens that were accepted per row and pass, of late."""
-
-    def __post_init__(self) -> None:
-        self.acceptance = Acceptance(self.proposer.priors)
-
-    def go_on(self, evidence: Sequence[int]) -> bool:
-        """Whether a model's draft should have another token: while it may well be right as a whole."""
-        return self.acceptance.chances(evidence)[-1] > STOP_AT
-
-    def expected(self, proposal: Proposal) -> float:
-        """Tokens of a proposal that will be accepted."""
-        return sum(self.acceptance.chances(proposal.evidence))
-
-    def rests(self) -> bool:
-        """Whether a lookup is left out of this pass, because it takes more of a step than it brings: where steps are short, and
-        texts do not repeat themselves."""
-        if self.passes_off:
-            self.passes_off += 1
-            if self.passes_off <= self.retry_after:
-                return True
-            self.passes_off = self.passes_on = 0
-            return False
-        self.passes_on += 1
-        if self.gain > self.share:
-            self.retry_after = FIRST_RETRY
-        elif self.passes_on > FIRST_RETRY and self.share > LOOKUP_SHARE:
-            self.passes_off, self.retry_after = 1, min(2 * self.retry_after, LAST_RETRY)
-            return True
-        return False
-
-    def learn(self, proposal: Proposal, token_ids: Sequence[int]) -> None:
-        """Hold what was proposed against what came, up to the first difference."""
-        for token, evidence, came in zip(proposal.tokens, proposal.evidence, token_ids, strict=False):
-            self.acceptance.learn(evidence, token == came)
-            self.mean_chance += WEIGHT * ((token == came) - self.mean_chance)
-            if token != came:
-                break
 
 
 @dataclass(eq=False)
@@ -143,6 +74,10 @@ class Drafter:
         self._sources: OrderedDict[Hashable, Source] = OrderedDict()
         self._making = threading.Lock()
         self._last_step = 0.0
+        self._slowness = 1.0
+        """Seconds of steps without drafts over what was predicted, of late."""
+        self._foretold: tuple[float, Source | None, Sequence[DraftRow]] | None = None
+        """Of the last step: predicted seconds, whose drafts it verified, the rows."""
 
     def resolve(self, draft: object, prompt_tokens: int, max_new_tokens: int) -> object:
         """As in the engine's `Drafter`."""
@@ -160,15 +95,17 @@ class Drafter:
         asking = [row for row in rows if self._may_draft(row, room)]
         began = time.perf_counter()
         step_s, self._last_step = began - self._last_step, began
-        lookups = {source for row in asking for source in ways[row.slot].sources if hasattr(source.proposer, "look_up")}
-        took_s = {source: 0.0 for source in lookups if not source.rests()}
-        for_models: dict[tuple[Source, int | None], list[DraftRow]] = {}
+        self._hear(step_s, rows)
+        found_by = {source for row in asking for source in ways[row.slot].sources if isinstance(source, LookupSource)}
+        took_s = {source: 0.0 for source in found_by if not source.rests()}
+        for_models: dict[tuple[ModelSource, int | None], list[DraftRow]] = {}
         for row in asking:
             way = ways[row.slot]
             for source in way.sources:
-                if not hasattr(source.proposer, "look_up"):
+                if isinstance(source, ModelSource):
                     for_models.setdefault((source, way.tokens), []).append(row)
                     break
+                assert isinstance(source, LookupSource)
                 if way.tokens is None and source not in took_s:
                     way.why_not = "looking up takes more than it brings"
                     continue
@@ -180,13 +117,20 @@ class Drafter:
                     if source.acceptance.chance(found.evidence[0]) >= LOOKUP_WORTH:
                         break
         for source, seconds in took_s.items():
-            source.share += WEIGHT * (min(1.0, seconds / step_s) - source.share)
-        predicted_s = pass_seconds(tokens, self.runner.slots, self.runner.tally.step_time)
-        for (source, fixed), its_rows in for_models.items():
-            self._ask_model(source, fixed, its_rows, len(tokens), predicted_s)
-        return self._lengths(
-            {row.slot: ways[row.slot] for row in asking}, len(tokens), predicted_s, min(room, MAX_PASS_DRAFT)
-        )
+            source.took(seconds / step_s)
+        predicted_s = pass_seconds(tokens, self.runner.slots, self.runner.tally)
+        weighed = [
+            source
+            for (source, fixed), its_rows in for_models.items()
+            if self._ask_model(source, fixed, its_rows, len(tokens), predicted_s)
+        ]
+        best = {row.slot: offer for row in asking if (offer := ways[row.slot].best()) is not None}
+        drafts = self._lengths(best, ways, len(tokens), predicted_s, min(room, MAX_PASS_DRAFT))
+        if best or weighed:
+            verified = {best[slot][0] for slot in drafts}
+            asked = [source for source in weighed if any(source in way.proposed for way in ways.values())]
+            self._foretell({*verified, *asked}, rows, drafts, predicted_s)
+        return drafts
 
     def why_not(self, request: Request) -> str | None:
         """As in the engine's `Drafter`."""
@@ -198,8 +142,8 @@ class Drafter:
         for source, proposal in way.proposed.items():
             source.learn(proposal, token_ids)
         for source in way.sources:
-            accepted = len(draft.path(token_ids)) if draft and source in way.proposed else 0
-            source.gain += WEIGHT / 4 * (accepted - source.gain)
+            if isinstance(source, LookupSource):
+                source.brought(len(draft.path(token_ids)) if draft and source in way.proposed else 0)
 
     def ended(self, request: Request) -> None:
         """As in the engine's `Drafter`."""
@@ -225,25 +169,26 @@ class Drafter:
         key = key_of(choice)
         with self._making:
             if key not in self._sources:
-                self._sources[key] = Source(make_proposer(choice, self.engine))
+                self._sources[key] = make_source(choice, self.engine)
                 if len(self._sources) > MAX_SOURCES:
                     self._sources.popitem(last=False)
             self._sources.move_to_end(key)
             return self._sources[key]
 
     def _ask_model(
-        self, source: Source, fixed: int | None, rows: Sequence[DraftRow], num_rows: int, seconds: PassSeconds
-    ) -> None:
-        """Have a model draft for `rows`, `fixed` tokens each or as many as pay."""
-        model = source.proposer
-        assert not hasattr(model, "look_up")
-        count, trial = (fixed, False) if fixed else self._model_length(source, model, rows, num_rows, seconds)
+        self, source: ModelSource, fixed: int | None, rows: Sequence[DraftRow], num_rows: int, seconds: PassSeconds
+    ) -> bool:
+        """Have a model draft for `rows`, `fixed` tokens each or as many as pay. Returns whether it was weighed if that pays."""
+        weighed = not fixed and not source.waits()
+        count, trial = fixed or 0, False
+        if weighed:
+            count, trial = source.length(rows, num_rows, seconds, self._slowness)
         if not count:
             for row in rows:
                 way_of(row.request).why_not = "drafting would not be faster"
-            return
+            return weighed
         go_on = (lambda evidence: True) if fixed else source.go_on
-        proposals = model.propose(rows, [min(count, row.most) for row in rows], go_on)
+        proposals = source.proposer.propose(rows, [min(count, row.most) for row in rows], go_on)
         for row, proposal in zip(rows, proposals, strict=True):
             way = way_of(row.request)
             if not proposal.tokens:
@@ -254,33 +199,41 @@ class Drafter:
             way.proposed[source] = proposal
             # A drawn token is verified whatever it is: to choose by it would change what comes out.
             way.verify_all = bool(fixed) or trial or bool(proposal.distributions)
+        return weighed
 
-    def _model_length(
-        self, source: Source, model: ModelProposer, rows: Sequence[DraftRow], num_rows: int, seconds: PassSeconds
-    ) -> tuple[int, bool]:
-        """How many tokens a model should draft, 0 for none; and whether that is a trial, to learn what it takes and brings."""
-        if source.passes_off and 2 * len(rows) > source.rows_off:
-            source.passes_off += 1
-            if source.passes_off <= source.retry_after:
-                return 0, False
-            source.passes_off = source.trials = 0
-            return 1, True
-        slots = [row.slot for row in rows]
-        draft_s = model.seconds(rows)
-        count = model_length(source.mean_chance, slots, num_rows, seconds, most=model.longest, draft_s=draft_s)
-        if count:
-            source.retry_after, source.passes_off = FIRST_RETRY, 0
-            return count, False
-        if count is None and source.mean_chance > HOPEFUL and source.trials < FIRST_TRIALS:
-            source.trials += 1
-            return TRIAL_TOKENS, True
-        source.passes_off, source.rows_off = 1, len(rows)
-        source.retry_after = min(2 * source.retry_after, LAST_RETRY)
-        return 0, False
+    def _foretell(
+        self, sources: set[Source], rows: Sequence[DraftRow], drafts: Mapping[int, Draft], seconds: PassSeconds
+    ) -> None:
+        """Note what the step at hand should take: verifying `drafts` (by slot), and drafting them where a model did."""
+        if len(sources) > 1:
+            return  # nobody could tell whose doing it was
+        source = next(iter(sources), None)
+        predicted_s = seconds({slot: len(draft.tokens) for slot, draft in drafts.items()})
+        if predicted_s is not None and isinstance(source, ModelSource):
+            num_steps = max(len(one.tokens) for row in rows if (one := way_of(row.request).proposed.get(source)))
+            draft_s = source.proposer.seconds(rows)
+            predicted_s = None if draft_s is None else predicted_s + num_steps * draft_s
+        if predicted_s is not None:
+            self._foretold = predicted_s, source, rows
 
-    def _lengths(self, ways: Mapping[int, Way], num_rows: int, seconds: PassSeconds, room: int) -> dict[int, Draft]:
+    def _hear(self, step_s: float, rows: Sequence[DraftRow]) -> None:
+        """The last step took `step_s`, if what follows are its own rows: otherwise nobody was at work in between."""
+        foretold, self._foretold = self._foretold, None
+        if foretold is None or not rows:
+            return
+        predicted_s, source, before = foretold
+        if not {row.request for row in rows} <= {row.request for row in before}:
+            return
+        if source is None:
+            self._slowness = slower(self._slowness, step_s, predicted_s)
+        else:
+            source.slowness = slower(source.slowness, step_s, predicted_s)
+
+    def _lengths(
+        self, best: Mapping[int, tuple[Source, Proposal]], ways: Mapping[int, Way], num_rows: int, seconds: PassSeconds,
+        room: int,
+    ) -> dict[int, Draft]:  # fmt: skip
         """Of the best proposal of each slot what the pass verifies."""
-        best = {slot: found for slot, way in ways.items() if (found := way.best()) is not None}
         counts: dict[int, int] = {}
         chances: dict[int, list[float]] = {}
         for slot, (source, proposal) in best.items():
@@ -294,8 +247,24 @@ class Drafter:
             if likely:
                 chances[slot] = likely
         if chances:
-            counts |= lengths(chances, num_rows, seconds, room)
+            found_by = {source for slot in chances if isinstance(source := best[slot][0], LookupSource)}
+            slowness = max([1.0, *(source.slowness / self._slowness for source in found_by)])
+            found = lengths(chances, num_rows, slowed(seconds, slowness), room)
+            if not found:
+                for source in found_by:
+                    source.left_out()
+            counts |= found
         return {slot: cut(best[slot][1], count) for slot, count in counts.items() if count}
+
+
+def slowed(seconds: PassSeconds, slowness: float) -> PassSeconds:
+    """`seconds` where passes that verify drafts take `slowness` times as long as predicted."""
+
+    def slower_seconds(added: Mapping[int, int]) -> float | None:
+        took = seconds(added)
+        return took * slowness if took is not None and any(added.values()) else took
+
+    return slower_seconds
 
 
 def way_of(request: Request) -> Way:

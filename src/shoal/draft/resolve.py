@@ -11,9 +11,9 @@ from shoal.depth.plan import DepthPolicy
 from shoal.depth.policies import policy_at
 from shoal.draft.choices import Choice, NGram, SelfDraft, SmallModel, Suffix, Trigram
 from shoal.draft.ngram import NGramProposer
-from shoal.draft.proposal import Lookup, ModelProposer
 from shoal.draft.shallow import ShallowProposer
 from shoal.draft.small import SmallModelProposer
+from shoal.draft.sources import LookupSource, ModelSource, Source
 from shoal.draft.suffix import SuffixProposer
 from shoal.draft.trees import ShallowTrees, SmallModelTrees
 from shoal.draft.trigram import TrigramProposer
@@ -36,23 +36,25 @@ def key_of(choice: Choice) -> Hashable:
     return type(choice), *(value for name, value in vars(choice).items() if name != "tokens")
 
 
-def make_proposer(choice: Choice, engine: Engine) -> Lookup | ModelProposer:
-    """The proposer of a choice. Raises `InvalidDraft` or `CheckpointError` where it cannot be had."""
+def make_source(choice: Choice, engine: Engine) -> Source:
+    """The proposer of a choice, nothing learnt of it yet. Raises `InvalidDraft` or `CheckpointError` where it cannot be had."""
     match choice:
         case NGram(match_tokens=match_tokens):
-            return NGramProposer(match_tokens)
+            return LookupSource(NGramProposer(match_tokens))
         case Suffix(scope=scope):
-            return SuffixProposer(shared=scope is not None)
+            return LookupSource(SuffixProposer(shared=scope is not None))
         case Trigram(corpus=corpus):
-            return TrigramProposer(read_corpus(corpus, engine.tokenizer) if corpus else ())
+            return LookupSource(TrigramProposer(read_corpus(corpus, engine.tokenizer) if corpus else ()))
         case SelfDraft(plan=plan, branches=tuple() as branches):
-            return ShallowTrees(engine.runner, plan or own_policy(engine), engine.tuned, branches)
+            return ModelSource(ShallowTrees(engine.runner, plan or own_policy(engine), engine.tuned, branches))
         case SelfDraft(plan=plan, coupled=coupled):
-            return ShallowProposer(engine.runner, plan or own_policy(engine), engine.tuned, coupled=coupled)
+            return ModelSource(
+                ShallowProposer(engine.runner, plan or own_policy(engine), engine.tuned, coupled=coupled)
+            )
         case SmallModel(path=path, branches=tuple() as branches):
-            return SmallModelTrees(engine.runner, small_model(path, engine), branches)
+            return ModelSource(SmallModelTrees(engine.runner, small_model(path, engine), branches))
         case SmallModel(path=path, coupled=coupled):
-            return SmallModelProposer(engine.runner, small_model(path, engine), coupled=coupled)
+            return ModelSource(SmallModelProposer(engine.runner, small_model(path, engine), coupled=coupled))
     raise TypeError(f"{choice!r} has no proposer")
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from shoal.engine.trees import TreeTokens
-from shoal.models.passes import GivenStates, Ints, LayerWork, Pass, StateSums, TreeMask
+from shoal.models.passes import GivenStates, Ints, LayerWork, Pass, StateSums, TreeMask, WatchedStates
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,11 +57,12 @@ def build_pass(
     *,
     state_sums: StateSums | None = None,
     given: GivenStates | None = None,
+    watched: tuple[WatchedStates, ...] = (),
 ) -> Pass:
     """The input of the decoder.
 
     Args: `token_ids`: the rows' tokens in the rows' order; `num_logits` [R]: how many of its last tokens each row wants logits
-    after; `state_sums`, `given`: as in `Pass`.
+    after; `state_sums`, `given`, `watched`: as in `Pass`.
     """
     ends = np.cumsum(rows.num_tokens)
     first_tokens = ends - rows.num_tokens
@@ -91,6 +92,7 @@ def build_pass(
         state_sums=state_sums,
         given=given,
         trees=mask,
+        watched=watched,
     )
 
 

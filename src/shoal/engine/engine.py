@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
+import reprlib
 import threading
 import time
 from collections import deque
@@ -23,6 +24,7 @@ from shoal.depth.shape import ModelShape
 from shoal.engine.drafting import MAX_DRAFT_TOKENS, Drafter, Drafting, DraftStats
 from shoal.engine.intake import Plan, Prompt, check_job, one_per_prompt, prompts_of
 from shoal.engine.ledger import EngineStats
+from shoal.engine.observing import Observer
 from shoal.engine.request import Chunk, Generation, Request
 from shoal.engine.routing import PromptStates
 from shoal.engine.runner import Runner, free_bytes
@@ -36,12 +38,17 @@ from shoal.models.executor import Executor, make_decoder
 from shoal.models.memory import drop_freed
 from shoal.models.weights import DecoderConfig
 
+Probes = Sequence[Any] | Observer | None
+"""What reads prompts: probes, files of probes and `Guard`s (`shoal.signals`), or who was made of those."""
+
 
 class Engine:
     """Runs requests on one model. Safe to call from several threads: passes run one at a time, and everyone shares them."""
 
     make_drafter: ClassVar[Callable[[Engine], Drafter] | None] = None
     """Set where the package is put together: the engine knows no proposers."""
+    make_observer: ClassVar[Callable[[Engine, Sequence[Any]], Observer] | None] = None
+    """Set there, too: the engine knows no probes."""
 
     def __init__(
         self,
@@ -152,6 +159,7 @@ class Engine:
         plan: Plan | Sequence[Plan] | None = None,
         *,
         draft: Drafting | Sequence[Drafting] = None,
+        probes: Probes = None,
         timeout_s: float | None = None,
     ) -> list[Generation]:
         """Complete prompts.
@@ -162,12 +170,14 @@ class Engine:
             plan: a policy or plan, or one per prompt; None is `Dense()`.
             draft: how to draft, or one per prompt; the tokens stay the same. "auto", "self", "ngram", "suffix", "trigram", the path
                 of a smaller checkpoint with the same tokenizer, or a class of `shoal.draft`; None is not at all.
+            probes: what classifies the prompts from the states of the pass that reads them: probes, files of probes, or `Guard`s,
+                which may end a request there; or what `observer` made of those.
             timeout_s: seconds from now after which unfinished requests end with `finish_reason="timeout"`.
 
         Returns one `Generation` per prompt in order (`Sampling.n` in a row where more than one is asked for). Raises
         `InvalidInput` before anything runs; a request that fails alone comes back with `finish_reason="error"`.
         """
-        chunks = self._submit(prompts, sampling, plan, draft, timeout_s=timeout_s, streaming=False)
+        chunks = self._submit(prompts, sampling, plan, draft, probes, timeout_s=timeout_s, streaming=False)
         done = [chunk.generation for chunk in chunks if chunk.generation is not None]
         return sorted(done, key=lambda generation: (generation.index, generation.sample))
 
@@ -178,6 +188,7 @@ class Engine:
         plan: Plan | Sequence[Plan] | None = None,
         *,
         draft: Drafting | Sequence[Drafting] = None,
+        probes: Probes = None,
         timeout_s: float | None = None,
     ) -> Generator[Chunk, None, None]:
         """Complete prompts and yield what each gains, pass by pass; arguments as for `generate`.
@@ -185,7 +196,7 @@ class Engine:
         The texts of a request's chunks add up to its completion, and its last chunk carries the `Generation`. Requests are
         checked and queued at the call; closing the iterator cancels what is unfinished.
         """
-        return self._submit(prompts, sampling, plan, draft, timeout_s=timeout_s, streaming=True)
+        return self._submit(prompts, sampling, plan, draft, probes, timeout_s=timeout_s, streaming=True)
 
     async def astream(
         self,
@@ -194,6 +205,7 @@ class Engine:
         plan: Plan | Sequence[Plan] | None = None,
         *,
         draft: Drafting | Sequence[Drafting] = None,
+        probes: Probes = None,
         timeout_s: float | None = None,
     ) -> AsyncIterator[Chunk]:
         """`stream` for asyncio: passes run in a worker thread, and concurrent streams share them.
@@ -202,7 +214,7 @@ class Engine:
         """
 
         def follow() -> Generator[Chunk, None, None]:  # queues in the worker thread, too: a pass may be under way
-            yield from self._submit(prompts, sampling, plan, draft, timeout_s=timeout_s, streaming=True)
+            yield from self._submit(prompts, sampling, plan, draft, probes, timeout_s=timeout_s, streaming=True)
 
         chunks = follow()
         turn = threading.Lock()  # a cancelled task leaves while its pass still runs in the worker thread
@@ -228,6 +240,7 @@ class Engine:
         plan: Plan | None = None,
         *,
         draft: Drafting = None,
+        probes: Probes = None,
         index: int = 0,
         timeout_s: float | None = None,
         streaming: bool = True,
@@ -236,7 +249,9 @@ class Engine:
 
         `index` comes back in its chunks; without `streaming`, text is decoded once, at the end.
         """
-        requests = self.prepare(prompt, sampling, plan, draft, index=index, timeout_s=timeout_s, streaming=streaming)
+        requests = self.prepare(
+            prompt, sampling, plan, draft, probes=probes, index=index, timeout_s=timeout_s, streaming=streaming
+        )
         self.submit(requests)
         return [request.request_id for request in requests]
 
@@ -268,6 +283,7 @@ class Engine:
         plan: Plan | None = None,
         draft: Drafting = None,
         *,
+        probes: Probes = None,
         index: int = 0,
         timeout_s: float | None = None,
         streaming: bool = True,
@@ -288,6 +304,12 @@ class Engine:
             cache=self.runner.cache,
             draft_tokens=0 if draft is None else MAX_DRAFT_TOKENS,
         )
+        observer = self.observer(probes)
+        if observer and job.plan.prompt_layers is not None:
+            raise InvalidInput(
+                "probes read what every layer makes of the prompt, and this plan leaves layers out: "
+                "give it no prompt_layers, or ask for no probes"
+            )
         drafter = None if draft is None else self._drafter()
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         return [
@@ -304,10 +326,24 @@ class Engine:
                 deadline=deadline,
                 future_blocks=job.future_blocks,
                 prompt_states=PromptStates(job.router, self.shape, len(job.prompt)) if job.router else None,
+                reading=observer.begin(len(job.prompt)) if observer else None,
                 draft=drafter.resolve(draft, len(job.prompt), job.sampling.max_new_tokens) if drafter else None,
             )
             for sample in range(job.sampling.n)
         ]
+
+    def observer(self, probes: Probes) -> Observer | None:
+        """Who reads prompts for these probes; None for none of them.
+
+        Give it as `probes` to several calls that ask for the same: a pass then reads their prompts together. Raises `InvalidInput`
+        or `CheckpointError` for probes that cannot be read or were made for another model.
+        """
+        if probes is None or isinstance(probes, list | tuple):
+            assert Engine.make_observer, "import shoal, which says how"
+            return Engine.make_observer(self, probes) if probes else None
+        if not hasattr(probes, "begin"):
+            raise InvalidInput(f"probes must be a list of probes or their files, got {reprlib.repr(probes)}")
+        return probes  # type: ignore[return-value]
 
     def _drafter(self) -> Drafter:
         """Who drafts, made when it is first asked for."""
@@ -324,6 +360,7 @@ class Engine:
         sampling: Sampling | Sequence[Sampling] | None,
         plan: Plan | Sequence[Plan] | None,
         draft: Drafting | Sequence[Drafting],
+        probes: Probes,
         *,
         timeout_s: float | None,
         streaming: bool,
@@ -333,10 +370,11 @@ class Engine:
         samplings = one_per_prompt("sampling", sampling, len(listed))
         plans = one_per_prompt("plan", plan, len(listed))
         drafts = one_per_prompt("draft", draft, len(listed))
+        observer = self.observer(probes)
         requests: list[Request] = []
         for index, job in enumerate(zip(listed, samplings, plans, drafts, strict=True)):
             try:
-                requests += self.prepare(*job, index=index, timeout_s=timeout_s, streaming=streaming)
+                requests += self.prepare(*job, probes=observer, index=index, timeout_s=timeout_s, streaming=streaming)
             except InvalidInput as error:
                 raise type(error)(f"prompt {index}: {error}") from error
         mailbox: deque[Chunk] = deque()

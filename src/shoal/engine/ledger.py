@@ -38,6 +38,8 @@ class Ledger:
     """Layer x token products that drafting took beyond the plan's own: of layers that draft, and of tokens taken back."""
     draft_flops: int = 0
     """Floating-point operations of those and of their heads, and of a smaller model that drafts."""
+    probe_flops: int = 0
+    """Floating-point operations of probes that read the prompt; in none of the above."""
 
     @property
     def mean_layers(self) -> float:
@@ -63,6 +65,7 @@ class Ledger:
         shape: ModelShape,
         *,
         prompt_tokens: int,
+        prompt_heads: int,
         new_tokens: int,
         decode_passes: int,
         prompt_layer_tokens: int,
@@ -74,8 +77,8 @@ class Ledger:
         draft_heads: int = 0,
         small_model_flops: int = 0,
     ) -> Ledger:
-        """The ledger of a request that has read `prompt_tokens`; `*_pairs` are (query, key) pairs summed over layers that ran."""
-        prompt_heads = int(new_tokens > 0)
+        """The ledger of a request that has read `prompt_tokens`, and whose head ran `prompt_heads` times after them; `*_pairs` are
+        (query, key) pairs summed over layers that ran."""
         layers = shape.num_layers
         prompt_pairs, decode_pairs = causal_pairs(0, prompt_tokens), causal_pairs(prompt_tokens, decode_passes)
         return cls(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -12,11 +13,13 @@ from shoal.depth.plan import DepthPlan
 from shoal.engine.drafting import DraftStats
 from shoal.engine.entropy import EntropyTrace
 from shoal.engine.ledger import Ledger
+from shoal.engine.observing import Findings, Label, Reading
 from shoal.engine.routing import PromptStates
 from shoal.engine.sampling import Sampling
 from shoal.engine.text import TextStream
+from shoal.errors import RequestFailed
 
-FinishReason = Literal["stop", "length", "cancelled", "timeout", "error"]
+FinishReason = Literal["stop", "length", "blocked", "cancelled", "timeout", "error"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +45,8 @@ class Generation:
     token_ids: tuple[int, ...]
     """Emitted tokens, the end-of-sequence token included."""
     finish_reason: FinishReason
-    """`stop`: end of sequence or a stop string; `length`: max_new_tokens; or `cancelled`, `timeout`, `error`."""
+    """`stop`: end of sequence or a stop string; `length`: max_new_tokens; `blocked`: by a probe, before the first token; or
+    `cancelled`, `timeout`, `error`."""
     logprobs: tuple[TokenLogprobs, ...] | None
     """One per token where asked for."""
     prompt_logprobs: tuple[TokenLogprobs, ...] | None
@@ -59,6 +63,10 @@ class Generation:
     """What drafting did for it, where it was asked for."""
     error: str | None = None
     """Why it ended with `error`."""
+    labels: Mapping[str, Label] | None = None
+    """By the name of the probe, where probes were asked for and the prompt has been read."""
+    blocked_by: str | None = None
+    """The probe that ended it with `blocked`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +87,8 @@ class Chunk:
     """One per token where asked for."""
     generation: Generation | None
     """The whole result in the request's last chunk."""
+    labels: Mapping[str, Label] | None = None
+    """As in `Generation`, in the request's first chunk: known before the first token is chosen."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -102,6 +112,8 @@ class Request:
     """[max_new_tokens]: most cache blocks it can hold from its k-th pass on, the prompt's being pass 0."""
     prompt_states: PromptStates | None = None
     """Where a router decides: what it will read."""
+    reading: Reading | None = None
+    """Where probes read the prompt: what they have read."""
     priority: float = 0.0
     """Among waiting requests the lowest enters first, and of equal ones the first that came."""
     draft: object | None = None
@@ -117,6 +129,12 @@ class Request:
     def known(self) -> int:
         """Tokens of prompt and output."""
         return len(self.prompt) + len(self.output)
+
+    @property
+    def findings(self) -> Findings | None:
+        """What was read out of the prompt, where it has been read."""
+        found = self.reading.findings if self.reading else None
+        return None if isinstance(found, RequestFailed) else found
 
     @property
     def reports_logprobs(self) -> bool:
@@ -155,4 +173,5 @@ class Request:
             text=text,
             logprobs=tuple(self.logprobs[len(self.logprobs) - len(token_ids) :]) if self.reports_logprobs else None,
             generation=generation,
+            labels=self.findings.labels if self.findings and len(self.output) == len(token_ids) else None,
         )

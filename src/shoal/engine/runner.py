@@ -30,6 +30,7 @@ from shoal.engine.drafting import (
     stack_done,
 )
 from shoal.engine.ledger import Ledger
+from shoal.engine.observing import observe
 from shoal.engine.prompt_scores import score_prompts, scores_prompt
 from shoal.engine.request import Chunk, FinishReason, Generation, Request
 from shoal.engine.routing import watch
@@ -94,7 +95,10 @@ class Runner:
         watched = watch(rows, [request.prompt_states for request in requests], self.decoder.device)
         sums = watched.sums if watched else None
         given = given_states(rows, drafted) if drafts else None
-        logits = self.decoder(build_pass(rows, token_ids, kept, state_sums=sums, given=given), self.cache)
+        observed = observe(rows, (request.reading for request in requests))
+        seen_by = observed.states if observed else ()
+        work = build_pass(rows, token_ids, kept, state_sums=sums, given=given, watched=seen_by)
+        logits = self.decoder(work, self.cache)
         if kept is not num_logits:
             logits = score_prompts(logits, spans, kept.tolist())
         emitting = np.flatnonzero(emits).tolist()
@@ -111,6 +115,8 @@ class Runner:
         self.slots.record(rows, committed)
         if watched:
             watched.keep()
+        if observed:
+            observed.keep()
         for row, ones in zip(emitting, sampled, strict=True):
             request = requests[row]
             if request.prompt_states and not request.output:
@@ -242,6 +248,11 @@ class Runner:
         """Add tokens to a request's output, and end the request if the last of them was its last."""
         token_ids: tuple[int, ...] = ()
         text = ""
+        if request.reading and not request.output and isinstance(sampled[0], Sampled):
+            if isinstance(request.reading.findings, RequestFailed):
+                sampled = [request.reading.findings]
+            elif request.findings and request.findings.blocked_by:
+                return self._end(request, "blocked")
         for one in sampled:
             if isinstance(one, RequestFailed):
                 return self._end(request, "error", token_ids=token_ids, text=text, error=str(one))
@@ -276,6 +287,7 @@ class Runner:
             ledger = self.slots.ledger(slot, self.shape)
             horizon = request.plan.horizon
             past_horizon = horizon is not None and ledger.decode_passes > horizon
+            ledger.probe_flops = request.reading.flops if request.reading else 0
             self.slots.leave(slot)
             # Only logits tell that values are finite, and a prompt that is cancelled between its chunks has shown none.
             self.cache.release(slot, poisoned=reason not in ("stop", "length"))
@@ -293,6 +305,8 @@ class Runner:
             trace=request.trace(),
             drafting=None if request.draft is None else request.draft_stats,
             error=error,
+            labels=request.findings.labels if request.findings else None,
+            blocked_by=request.findings.blocked_by if request.findings else None,
         )
         return request.chunk(token_ids=token_ids, text=text, generation=generation)
 

@@ -126,6 +126,7 @@ class SlotTable:
         return Ledger.of(
             shape,
             prompt_tokens=int(min(self.num_computed[slot], self.prompt_tokens[slot])),
+            prompt_heads=int(self.num_computed[slot] >= self.prompt_tokens[slot]),
             new_tokens=len(self[slot].output),
             decode_passes=int(max(0, self.num_computed[slot] - self.prompt_tokens[slot])),
             prompt_layer_tokens=prompt_layer_tokens,

@@ -129,7 +129,8 @@ class Checkpoint:
         if dtype == "auto" and stored not in DTYPES.values():
             raise CheckpointError(f"{directory} is stored in {stored}: choose a dtype, one of {', '.join(DTYPES)}")
         target = DTYPES.get(dtype, stored)
-        config = replace(config, shape=replace(config.shape, bytes_per_value=target.itemsize))
+        shape_here = replace(config.shape, bytes_per_value=target.itemsize)
+        config = replace(config, shape=shape_here, fingerprint=files.fingerprint())
         return cls(config=config, family=family, files=files, prefix=prefix, dtype=target)
 
     def weights(self, device: str | torch.device) -> DecoderWeights:

@@ -151,8 +151,7 @@ class Decoder:
         x = self.embed(work)
         attention = self.attention(work, cache)
         for index, (layer, active) in enumerate(zip(self.layers, work.layers, strict=True)):
-            if work.state_sums:
-                work.state_sums.add(index, x)
+            self.show(work, index, x)
             if active is None:
                 continue
             attend_heads = attention(index)
@@ -163,8 +162,7 @@ class Decoder:
                 picked = x[select]
                 layer(picked, attend_heads)
                 x[select] = picked
-        if work.state_sums:
-            work.state_sums.add(len(self.layers), x)
+        self.show(work, len(self.layers), x)
 
         return self.logits(x[on(self.device, work.logit_tokens)])
 
@@ -179,6 +177,13 @@ class Decoder:
         if work.given:
             x[on(self.device, work.given.tokens)] = work.given.states.to(x.dtype)
         return x
+
+    def show(self, work: Pass, level: int, x: Tensor) -> None:
+        """Let those who read states see x [N, d] before layer `level`, or after the last."""
+        if work.state_sums:
+            work.state_sums.add(level, x)
+        for watched in work.watched:
+            watched.show(level, x)
 
     def logits(self, x: Tensor) -> Tensor:
         """Final norm and head: states [n, d] after any layer to logits [n, V]."""

@@ -56,8 +56,9 @@ class GraphDecoder(Decoder):
     @torch.inference_mode()
     def __call__(self, work: Pass, cache: LayerCaches) -> Tensor:
         """As `Decoder.__call__`."""
-        # A graph neither adds states up nor takes any, and knows one mask.
-        rows = None if work.state_sums or work.given or work.trees else decode_rows(work)
+        # A graph neither shows nor takes states, and knows one mask.
+        plain = work.state_sums or work.watched or work.given or work.trees
+        rows = None if plain else decode_rows(work)
         return super().__call__(work, cache) if rows is None else self.decode(rows, cache)
 
     @torch.inference_mode()

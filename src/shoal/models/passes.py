@@ -14,7 +14,7 @@ Everything here is host memory: a decoder takes to its device what it needs ther
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -71,6 +71,22 @@ class StateSums:
 
 
 @dataclass(frozen=True, eq=False)
+class WatchedStates:
+    """Tokens whose states somebody sees as they pass; nothing of them is kept."""
+
+    tokens: Ints
+    """[n], indices of the tokens, ascending."""
+    see: Callable[[int, Tensor], None]
+    """Called with each level in turn, 0 .. L, and the states [n, d] of those tokens there, on the decoder's device: at l the inputs
+    of layer l, at L the outputs of the last, before the final norm. The states are lent for the call."""
+
+    def show(self, level: int, states: Tensor) -> None:
+        """Let the watcher see its part of the states [N, d] of the whole pass."""
+        everybody = len(self.tokens) == len(states)  # as in every pass of prompts alone: no copy
+        self.see(level, states if everybody else states[torch.from_numpy(self.tokens).to(states.device)])
+
+
+@dataclass(frozen=True, eq=False)
 class GivenStates:
     """Tokens that bring a state along instead of an embedding: their bottom layers ran in an earlier pass."""
 
@@ -119,3 +135,5 @@ class Pass:
     """Who does not begin at the bottom, if anybody."""
     trees: TreeMask | None = None
     """What tokens see, where a row brings a tree; without one a token sees all positions up to its own."""
+    watched: tuple[WatchedStates, ...] = ()
+    """Who sees whose states."""

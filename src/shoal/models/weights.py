@@ -6,7 +6,7 @@ Shapes: V vocabulary, P learned positions, d hidden size, I MLP width, H_q and H
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -49,6 +49,8 @@ class DecoderConfig:
     """Longest request that full attention serves exactly; longer ones are refused."""
     eos_token_ids: tuple[int, ...] = ()
     """Tokens that end a completion."""
+    fingerprint: str = field(default="", compare=False)
+    """Of the stored weights, whatever dtype they are loaded in (`TensorFiles.fingerprint`); empty where no files were read."""
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,12 @@
 """The HTTP application: routes, and the way of a request.
 
 Limits (limits.py) ─▶ schema.py ─▶ Intake (intake.py) ─▶ Worker (worker.py) ─▶ Reply (replies.py)
-who, how long          fields       engine requests       the model's thread     OpenAI's form
+who, how long          fields       engine requests       the model's thread     OpenAI's form (streams.py, as it comes)
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
@@ -20,10 +19,9 @@ from typing import Any, TypeVar
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse
 from prometheus_client import generate_latest
 from starlette.exceptions import HTTPException
-from starlette.types import Receive, Scope, Send
 
 from shoal import __version__
 from shoal.engine.engine import Engine
@@ -37,13 +35,12 @@ from shoal.serve.limits import Limits
 from shoal.serve.metrics import Metrics
 from shoal.serve.replies import Reply
 from shoal.serve.scoring import scores, scoring_job
-from shoal.serve.worker import Follower, Worker
+from shoal.serve.streams import Events, events, unless_gone
+from shoal.serve.worker import Worker
 
 log = logging.getLogger("shoal.serve")
 
 T = TypeVar("T")
-PING_S = 15
-"""Seconds without an event after which a stream says that it is alive."""
 PAGE_HEADERS = {"content-security-policy": "default-src 'self'", "x-content-type-options": "nosniff"}
 PAGE_TYPES = {
     "index.html": "text/html",
@@ -76,11 +73,12 @@ class Server:
         )
         follower = self.worker.submit(job.requests, request.state.key)
         if job.body.stream:
-            return Events(follower, events(follower, reply, request))
+            return Events(follower, events(follower, reply, partial(note, request, reply)))
         try:
             done = await unless_gone(request, follower)
             note(request, reply, done)
-            return JSONResponse(reply.whole(done))
+            # Thousands of log-probabilities with their tokens take a second to write: others' streams go on meanwhile.
+            return await asyncio.to_thread(lambda: JSONResponse(reply.whole(done)))
         finally:
             follower.close()
 
@@ -88,67 +86,6 @@ class Server:
         """The application ends; its requests have been answered."""
         await self.worker.close()
         self._preparing.shutdown()
-
-
-class Events(StreamingResponse):
-    """A stream of server-sent events; however it ends, its requests do, too."""
-
-    def __init__(self, follower: Follower, content: AsyncIterator[str]) -> None:
-        super().__init__(content, media_type="text/event-stream", headers={"cache-control": "no-cache"})
-        self.follower = follower
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send it."""
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self.follower.close()
-
-
-async def events(follower: Follower, reply: Reply, request: Request) -> AsyncIterator[str]:
-    """A stream's events, from the first to `[DONE]`."""
-    for event in reply.first_events():
-        yield sse(event)
-    done: list[Generation] = []
-    try:
-        while True:
-            try:
-                async with asyncio.timeout(PING_S):
-                    chunk = await follower.next()
-            except TimeoutError:
-                yield ": the model is at it\n\n"
-                continue
-            if chunk is None:
-                break
-            if chunk.generation is not None:
-                done.append(chunk.generation)
-            if (news := reply.event(chunk)) is not None:
-                yield sse(news)
-    except ApiError as error:
-        yield sse(error.body)
-    else:
-        note(request, reply, done)
-        if reply.job.body.stream_options.include_usage:
-            yield sse(reply.last_event(done))
-    yield "data: [DONE]\n\n"
-
-
-def sse(event: dict[str, Any]) -> str:
-    """One server-sent event."""
-    return f"data: {json.dumps(event, ensure_ascii=False, separators=(',', ':'))}\n\n"
-
-
-async def unless_gone(request: Request, follower: Follower) -> list[Generation]:
-    """The results, while somebody waits for them. Raises `ApiError` where the client has gone, for the log: nobody reads it."""
-    working, leaving = asyncio.ensure_future(follower.generations()), asyncio.ensure_future(request.receive())
-    try:
-        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            return working.result()
-        raise ApiError(499, "the client has gone")
-    finally:
-        working.cancel()
-        leaving.cancel()
 
 
 def note(request: Request, reply: Reply, done: list[Generation]) -> None:
@@ -193,7 +130,7 @@ def make_app(engine: Engine, config: ServeConfig) -> FastAPI:
         },
     )
     app.add_middleware(Limits, config=config)
-    app.openapi = partial(specification, app)  # type: ignore[method-assign]
+    app.openapi = partial(specification, app, config.model)  # type: ignore[method-assign]
 
     def server() -> Server:
         running: Server = app.state.server
@@ -211,15 +148,15 @@ def make_app(engine: Engine, config: ServeConfig) -> FastAPI:
 
     @app.post("/v1/plan")
     async def plan(body: schema.Completion) -> dict[str, Any]:
-        """What a request to `/v1/completions` would cost if it emits all that it may; nothing runs. For the first prompt."""
+        """What a request to `/v1/completions` would cost if it emits all that it may; nothing runs. One prompt, one completion."""
         job = await server().prepare(lambda: server().intake.completion(body))
-        return forecast(engine, job.requests[0])
+        return forecast(engine, job.requests)
 
     @app.post("/v1/chat/plan")
     async def chat_plan(body: schema.Chat) -> dict[str, Any]:
         """What a request to `/v1/chat/completions` would cost; nothing runs."""
         job = await server().prepare(lambda: server().intake.chat(body))
-        return forecast(engine, job.requests[0])
+        return forecast(engine, job.requests)
 
     @app.post("/v1/score")
     async def score(body: schema.Score, request: Request) -> Response:
@@ -303,8 +240,9 @@ def make_app(engine: Engine, config: ServeConfig) -> FastAPI:
     return app
 
 
-def specification(app: FastAPI) -> dict[str, Any]:
-    """OpenAPI's description. FastAPI says that it answers 422 where the body is wrong; here that is 400."""
+def specification(app: FastAPI, model: str) -> dict[str, Any]:
+    """OpenAPI's description, with the one name that `model` may have. FastAPI says that it answers 422 where the body is wrong;
+    here that is 400."""
     if app.openapi_schema is None:
         app.openapi_schema = get_openapi(
             title=app.title, version=app.version, description=app.description, routes=app.routes
@@ -312,6 +250,9 @@ def specification(app: FastAPI) -> dict[str, Any]:
         for path in app.openapi_schema["paths"].values():
             for operation in path.values():
                 operation["responses"].pop("422", None)
+        for body in app.openapi_schema["components"]["schemas"].values():
+            if (name := body["properties"].get("model")) is not None:
+                name["enum"] = [model] if name.get("type") == "string" else [model, None]
     return app.openapi_schema
 
 

@@ -9,6 +9,8 @@ from types import MappingProxyType
 from shoal.depth.plan import Dense
 from shoal.engine.intake import Plan
 from shoal.errors import InvalidInput
+from shoal.signals.guard import Guard
+from shoal.signals.probe import Probe
 
 PRIVATE_DRAFTS = ("self", "ngram", "suffix", "auto")
 """Ways to draft that tell no request anything of another's text; a tri-gram table is shared, so the operator has to allow it."""
@@ -38,6 +40,8 @@ class ServeConfig:
     """Longest body of an HTTP request."""
     body_timeout_s: float = 30.0
     """Seconds in which a body has to arrive."""
+    probes: tuple[Probe | Guard, ...] = ()
+    """What requests may ask for by name; guards read every prompt that is completed."""
     api_keys: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     """Key by the name of who holds it. Empty: nobody has to show one."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +22,16 @@ TYPES = {
     504: "server_error",
 }
 """By status; whatever is not here is the client's mistake."""
+
+UNSUPPORTED = dict.fromkeys(
+    ("tools", "tool_choice", "functions", "function_call"),
+    "this server calls no tools; response_format gives answers a form that programs can read",
+)
+"""Why fields of OpenAI's API are not among ours, where more can be said than that."""
+
+
+ALTERNATIVE = re.compile(r"(constrained-)?str|list\[.+\]")
+"""What pydantic puts into the path of a field that may have one of several types."""
 
 
 class ApiError(HTTPException):
@@ -70,9 +81,16 @@ async def on_api_error(_: Request, error: Exception) -> JSONResponse:
 async def on_validation_error(_: Request, error: Exception) -> JSONResponse:
     """Handler of bodies that do not fit the schema: the first thing wrong with it. The body itself is not repeated."""
     assert isinstance(error, RequestValidationError)
-    problem = error.errors()[0]
-    param = path_of(problem["loc"])
-    message = "is not a parameter that this server knows" if problem["type"] == "extra_forbidden" else problem["msg"]
+    problems = error.errors()
+    # Of a field that may be this or that, rather what is wrong with that than that it is not this.
+    same_field = [one for one in problems if one["loc"][:2] == problems[0]["loc"][:2]]
+    problem = next((one for one in same_field if not one["type"].endswith("_type")), problems[0])
+    location, message = problem["loc"], problem["msg"]
+    if problem["type"] == "misplaced":
+        location = (*location, problem["ctx"]["field"])
+    param = path_of(location)
+    if problem["type"] == "extra_forbidden":
+        message = UNSUPPORTED.get(param or "", "is not a parameter that this server knows")
     return ApiError(400, f"{param or 'body'}: {message}", param=param).response()
 
 
@@ -87,8 +105,12 @@ def path_of(location: Sequence[str | int]) -> str | None:
 
     >>> path_of(("body", "messages", 0, "content"))
     'messages[0].content'
+    >>> path_of(("body", "prompt", "list[list[constrained-int]]", 3))
+    'prompt[3]'
     """
     path = ""
     for part in location[1:]:
+        if isinstance(part, str) and ALTERNATIVE.fullmatch(part):
+            continue
         path += f"[{part}]" if isinstance(part, int) else f".{part}"
     return path.lstrip(".") or None

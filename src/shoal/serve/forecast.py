@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from shoal.depth.plan import Dense
 from shoal.engine.engine import Engine
 from shoal.engine.request import Request
+from shoal.serve.errors import ApiError
 from shoal.serve.replies import layers_of
 
 MAX_LISTED = 4096
 """Tokens whose layers are listed."""
 
 
-def forecast(engine: Engine, request: Request) -> dict[str, Any]:
+def forecast(engine: Engine, requests: Sequence[Request]) -> dict[str, Any]:
     """Layers, FLOPs, cache and seconds of a request that emits all that it may, alone, beside those of every layer.
 
-    Seconds come from the engine's step-time model; null while it has not seen passes like these.
+    Seconds come from the engine's step-time model; null while it has not seen passes like these. Raises `ApiError` for several:
+    what they take together depends on who else runs.
     """
+    if len(requests) > 1:
+        param = "n" if requests[-1].sample else "prompt"
+        raise ApiError(400, f"{param}: a plan is of one completion, this body asks for {len(requests)}", param=param)
+    (request,) = requests
     shape, bytes_per_block = engine.shape, engine.runner.cache.bytes_per_block
     plan, dense = request.plan, Dense().plan(engine.shape.num_layers)
     sizes = {"prompt_tokens": len(request.prompt), "new_tokens": request.sampling.max_new_tokens}

@@ -16,6 +16,11 @@ from shoal.engine.engine import Engine
 from shoal.serve.errors import ApiError
 from shoal.serve.schema import ResponseFormat
 
+LIMITS = llguidance.LLParserLimits(
+    initial_lexer_fuel=200_000, step_lexer_fuel=50_000, max_lexer_states=50_000, verbose_errors=False
+)
+"""A quarter of theirs: a token of one request may not take long in the thread that all share. Errors repeat no text."""
+
 
 class Grammars:
     """Compiles formats for one engine's tokenizer. One thread at a time may call it."""
@@ -36,7 +41,9 @@ class Grammars:
             self._tokens = llguidance.hf.from_tokenizer(
                 self.engine.tokenizer, n_vocab=config.shape.vocab_size, eos_token=list(config.eos_token_ids) or None
             )
-        matcher = llguidance.LLMatcher(self._tokens, grammar_of(form), log_level=0)
+        matcher = llguidance.LLMatcher(self._tokens, grammar_of(form), log_level=0, limits=LIMITS)
+        if not matcher.is_error():
+            matcher.compute_bitmask()  # a form too large shows here, seconds late: not while the model's thread waits for it
         if matcher.is_error():
             raise ApiError(400, f"response_format: {matcher.get_error()}", param="response_format")
         return Constrained(matcher, prompt_tokens)

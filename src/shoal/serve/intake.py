@@ -6,20 +6,22 @@ import math
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-from shoal.depth.checkpoint import TunedDepth
-from shoal.depth.plan import Dense, DepthPlan, DepthPolicy
-from shoal.depth.policies import POLICIES, policy_at
 from shoal.engine.engine import Engine
 from shoal.engine.intake import Plan, encode
+from shoal.engine.observing import Observer
 from shoal.engine.request import Request
 from shoal.engine.sampling import Sampling
-from shoal.errors import InvalidDraft, InvalidInput, InvalidPlan, nearest
+from shoal.errors import InvalidDraft, InvalidInput, InvalidPlan
 from shoal.serve import schema
 from shoal.serve.config import ServeConfig
 from shoal.serve.errors import ApiError, invalid
 from shoal.serve.grammar import Grammars
+from shoal.serve.plans import asked, plan_of, policy_of
+from shoal.signals.guard import Guard
+from shoal.signals.probe import Probe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +42,8 @@ class Intake:
     def __init__(self, engine: Engine, config: ServeConfig) -> None:
         self.engine, self.config = engine, config
         self.grammars = Grammars(engine)
+        self.probes = {one.settings.name: one for one in map(probe_of, config.probes)}
+        self._observers: dict[tuple[str, ...], Observer | None] = {}
 
     def completion(self, body: schema.Completion) -> Job:
         """The requests of `/v1/completions`."""
@@ -53,7 +57,7 @@ class Intake:
             raise ApiError(400, "max_tokens: 0 is for echo without stream, to look at a prompt", param="max_tokens")
         given = listed(body.prompt)
         self.check_count(len(given) * body.n, "n" if body.n > 1 else "prompt")
-        prompts = [self.encode(prompt) for prompt in given]
+        prompts = [self.encode(prompt) for prompt in given]  # before any is queued: one that is wrong refuses all
         scores = body.logprobs if body.echo else None
         return self._job(body, prompts, max(1, max_tokens), body.logprobs, prompt_logprobs=scores)
 
@@ -87,6 +91,7 @@ class Intake:
 
     def encode(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
         """Token ids of a prompt."""
+        self.check_text(prompt, "prompt")
         try:
             return encode(prompt, self.engine.tokenizer)
         except InvalidInput as error:
@@ -108,10 +113,25 @@ class Intake:
             )
         except Exception as error:  # templates are programs of the checkpoint's, and refuse turns in their own ways
             raise ApiError(400, f"messages: the chat template refuses them: {error}", param="messages") from error
+        self.check_text(text, "messages")
         token_ids = tuple(tokenizer(text, add_special_tokens=False).input_ids)  # the template has written them
         if not token_ids:
             raise ApiError(400, "messages: the chat template makes nothing of them", param="messages")
         return token_ids
+
+    def check_text(self, text: str | Sequence[int], param: str) -> None:
+        """Refuse what cannot fit by its length alone: tokenising it would keep other bodies waiting for seconds."""
+        if isinstance(text, str) and len(text) > self.longest_text:
+            positions = self.engine.config.max_positions
+            raise ApiError(
+                400, f"{param}: {len(text)} characters cannot fit the model's {positions} positions", param=param
+            )
+
+    @cached_property
+    def longest_text(self) -> int:
+        """Characters of a text of the longest tokens that there are, in every position."""
+        longest = max(map(len, self.engine.tokenizer.get_vocab()))
+        return int(longest * self.engine.config.max_positions)
 
     def tokens_of(self, body: schema.Tokenize) -> list[int]:
         """The answer of `/tokenize`."""
@@ -123,6 +143,7 @@ class Intake:
             return list(self.encode_chat(body.messages))
         if body.prompt and body.add_special_tokens:
             return list(self.encode(body.prompt))
+        self.check_text(body.prompt or "", "prompt")
         return list(self.engine.tokenizer(body.prompt, add_special_tokens=body.add_special_tokens).input_ids)
 
     def text_of(self, body: schema.Detokenize) -> str:
@@ -145,9 +166,21 @@ class Intake:
         except InvalidInput as error:
             raise invalid(error, asked(body)) from error
 
+    def observer(self, wanted: Sequence[str]) -> Observer | None:
+        """Who reads prompts for probes of these names and for the guards; the same for requests that want the same."""
+        unknown = [name for name in wanted if name not in self.probes]
+        if unknown:
+            loaded = f"loaded here: {', '.join(self.probes)}" if self.probes else "this server has loaded none"
+            raise ApiError(400, f"probes: there is no {unknown[0]!r}; {loaded}", param="probes")
+        chosen = [one for one in self.config.probes if isinstance(one, Guard) or one.settings.name in wanted]
+        key = tuple(probe_of(one).settings.name for one in chosen)
+        if key not in self._observers:
+            self._observers[key] = self.engine.observer(chosen)
+        return self._observers[key]
+
     def prepare(
         self, prompt: Sequence[int], sampling: Sampling, body: schema.Depth, *, index: int, draft: str | None,
-        timeout_s: float | None,
+        timeout_s: float | None, probes: Observer | None = None,
     ) -> list[Request]:  # fmt: skip
         """The engine's requests for one prompt, within the operator's limits. Raises `ApiError`."""
         if draft not in (None, *self.config.drafts):
@@ -159,6 +192,7 @@ class Intake:
                 sampling,
                 self.plan(body),
                 draft=draft,
+                probes=probes,
                 index=index,
                 timeout_s=min(self.config.timeout_s, timeout_s or math.inf),
             )
@@ -167,7 +201,8 @@ class Intake:
         except InvalidDraft as error:
             raise invalid(error, "draft") from error
         except InvalidInput as error:
-            raise invalid(error, blamed(str(error))) from error
+            param = blamed(str(error))
+            raise invalid(error, limit_of(body) if param == "max_tokens" else param) from error
         depth = body.depth or requests[0].plan.mean_depth(sampling.max_new_tokens - 1)
         if asked(body) and depth < self.config.min_depth:
             least = f"{depth:.3g} of the layers is below this server's least, {self.config.min_depth:g}"
@@ -180,13 +215,13 @@ class Intake:
     ) -> Job:  # fmt: skip
         """Requests of all prompts."""
         if max_new_tokens > self.config.max_tokens:
+            param = limit_of(body)
             raise ApiError(
-                400,
-                f"max_tokens can be at most {self.config.max_tokens} here, got {max_new_tokens}",
-                param="max_tokens",
+                400, f"{param} can be at most {self.config.max_tokens} here, got {max_new_tokens}", param=param
             )
         seed = secrets.randbits(64) if body.seed is None else body.seed
         draft = self.config.draft if body.draft is None else None if body.draft == "off" else body.draft
+        probes = self.observer(body.probes)
         requests: list[Request] = []
         for index, prompt in enumerate(prompts):
             processor = None
@@ -215,7 +250,9 @@ class Intake:
                 )
             except InvalidInput as error:
                 raise invalid(error, blamed(str(error))) from error
-            requests += self.prepare(prompt, sampling, body, index=index, draft=draft, timeout_s=body.timeout_s)
+            requests += self.prepare(
+                prompt, sampling, body, index=index, draft=draft, timeout_s=body.timeout_s, probes=probes
+            )
         return Job(body=body, prompts=tuple(prompts), requests=tuple(requests))
 
     def _biases(self, given: Mapping[str, float]) -> dict[int, float]:
@@ -226,6 +263,13 @@ class Intake:
                 allowed = f"keys are token ids written as strings, 0 to {vocab_size - 1}"
                 raise ApiError(400, f"logit_bias: {allowed}, got {token!r}", param="logit_bias")
         return {int(token): bias for token, bias in given.items()}
+
+
+def probe_of(one: Probe | Guard) -> Probe:
+    """A probe, or the one that a guard asks."""
+    probe = one.probe if isinstance(one, Guard) else one
+    assert isinstance(probe, Probe)  # guards load theirs
+    return probe
 
 
 def listed(prompt: str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]]) -> list[Any]:
@@ -242,36 +286,10 @@ def message_of(message: schema.Message) -> dict[str, str]:
     return {"role": message.role, "content": text} | ({} if message.name is None else {"name": message.name})
 
 
-def policy_of(tuned: TunedDepth | None, depth: float) -> DepthPolicy:
-    """What `depth` alone stands for: the policy that the checkpoint was tuned with, or SkipDecode."""
-    return policy_at(tuned.policy if tuned else "skipdecode", depth)
-
-
-def plan_of(given: schema.Plan) -> Plan:
-    """A policy by name with its settings, or a depth plan by its cutoffs. Raises `InvalidPlan`."""
-    settings = given.model_dump(exclude_none=True)
-    if "cutoffs" in settings:
-        unknown = sorted(set(settings) - {"cutoffs", "prompt_layers", "horizon"})
-        if unknown:
-            raise InvalidPlan(
-                f"a plan of cutoffs has no {unknown[0]!r}: it may have prompt_layers and horizon beside them"
-            )
-        return DepthPlan.from_dict(settings)
-    name = settings.pop("policy", None)
-    if name == "dense" and not settings:
-        return Dense()
-    if name not in POLICIES:
-        raise InvalidPlan(f"a plan needs cutoffs, or a policy: {nearest(str(name), POLICIES)}; got {name!r}")
-    try:
-        made: Plan = POLICIES[name](**settings)
-    except TypeError as error:
-        raise InvalidPlan(f"policy {name!r}: {str(error).partition(') ')[2] or error}") from error
-    return made
-
-
-def asked(body: schema.Depth) -> str | None:
-    """The field by which a body decides its layers, if it does."""
-    return "depth" if body.depth is not None else "plan" if body.plan is not None else None
+def limit_of(body: schema.Depth) -> str:
+    """The field by which a body says how much it wants."""
+    newer = isinstance(body, schema.Chat) and body.max_completion_tokens is not None
+    return "max_completion_tokens" if newer else "max_tokens"
 
 
 def blamed(message: str) -> str | None:

@@ -31,7 +31,11 @@ class Metrics:
         gauges = {
             "requests_unfinished": ("Requests that have been taken and have not ended.", num_unfinished),
             "requests_running": ("Requests with a cache slot.", lambda: len(runner.slots.running)),
-            "requests_waiting": ("Requests without one.", lambda: len(runner.scheduler.waiting)),
+            # Not the scheduler's own count: those on their way to the model's thread wait, too.
+            "requests_waiting": (
+                "Requests without one.",
+                lambda: max(0, num_unfinished() - len(runner.slots.running)),
+            ),
             "cache_bytes": ("Bytes of cache blocks in use.", lambda: runner.cache.bytes_in_use),
         }
         for name, (text, read) in gauges.items():

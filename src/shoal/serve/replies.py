@@ -5,15 +5,17 @@ from __future__ import annotations
 import secrets
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
+from itertools import accumulate
 from operator import add
 from typing import Any
 
 from shoal.depth.plan import DepthPlan
 from shoal.engine.drafting import DraftStats
 from shoal.engine.ledger import Ledger
+from shoal.engine.observing import Label
 from shoal.engine.request import Chunk, Generation, TokenLogprobs
 from shoal.serve import schema
 from shoal.serve.errors import ApiError
@@ -42,7 +44,7 @@ class Reply:
     def whole(self, done: Sequence[Generation]) -> dict[str, Any]:
         """The answer in one piece. Raises `ApiError` where a completion failed or ran out of time."""
         for generation in done:
-            if (error := failure(generation)) is not None:
+            if (error := self._failure(generation)) is not None:
                 raise error
         return {
             **self._head(streamed=False),
@@ -64,18 +66,23 @@ class Reply:
         """What a stream says of a pass; None where nothing became certain. Raises `ApiError` where the completion failed."""
         place = chunk.index * self.job.body.n + chunk.sample
         done = chunk.generation
-        if done is not None and (error := failure(done)) is not None:
+        if done is not None and (error := self._failure(done)) is not None:
             raise error
         with_layers = self.job.body.stream_options.include_layers
         if not (chunk.text or chunk.logprobs or done is not None or with_layers):
             return None
-        event = self._event(self._piece(place, chunk.text, chunk, None if done is None else done.finish_reason))
+        event = self._event(self._piece(place, chunk.text, chunk, None if done is None else reason_of(done)))
         if with_layers:
             first, count = self.num_sent[place], len(chunk.token_ids)
             self.num_sent[place] += count
             layers = layers_of(self.job.requests[place].plan, first, count)
             event["shoal"] = {"token_ids": list(chunk.token_ids), "layers": layers}
         return event
+
+    def labels_event(self, chunk: Chunk, labels: Mapping[str, Label]) -> dict[str, Any]:
+        """What probes say of a prompt, before its first token."""
+        place = chunk.index * self.job.body.n + chunk.sample
+        return self._event(self._piece(place, "", None, None) | labels_of(labels))
 
     def last_event(self, done: Sequence[Generation]) -> dict[str, Any]:
         """The event with `usage`."""
@@ -99,6 +106,12 @@ class Reply:
             | ({"traces": traces} if traces else {}),
         }
 
+    def _failure(self, done: Generation) -> ApiError | None:
+        """Why a completion failed. A form that no token goes on, or that takes too long to follow, is the body's fault."""
+        if done.finish_reason == "error" and self.job.body.response_format and "processor" in (done.error or ""):
+            return ApiError(400, f"response_format: {done.error}", param="response_format")
+        return failure(done)
+
     def _head(self, *, streamed: bool) -> dict[str, Any]:
         kind = "text_completion" if not self.is_chat else "chat.completion.chunk" if streamed else "chat.completion"
         prefix = "chatcmpl" if self.is_chat else "cmpl"
@@ -114,7 +127,8 @@ class Reply:
             logprobs = (
                 None if done.logprobs is None else {"content": self._chat_logprobs(done.token_ids, done.logprobs)}
             )
-            return {"index": place, "message": message, "finish_reason": done.finish_reason, "logprobs": logprobs}
+            choice = {"index": place, "message": message, "finish_reason": reason_of(done), "logprobs": logprobs}
+            return choice | labels_of(done.labels)
         body = self.job.body
         assert isinstance(body, schema.Completion)
         text, tokens, scores = done.text, done.token_ids, done.logprobs or ()
@@ -128,8 +142,9 @@ class Reply:
         if body.logprobs is not None:
             read = (None, *(done.prompt_logprobs or ())) if body.echo else ()
             logprobs = self._logprobs((*prompt, *tokens), (*read, *scores))
-        reason = "length" if body.max_tokens == 0 else done.finish_reason
-        return {"index": place, "text": text, "finish_reason": reason, "logprobs": logprobs}
+        reason = "length" if body.max_tokens == 0 and not done.blocked_by else reason_of(done)
+        choice = {"index": place, "text": text, "finish_reason": reason, "logprobs": logprobs}
+        return choice | labels_of(done.labels)
 
     def _piece(self, place: int, text: str, chunk: Chunk | None, reason: str | None) -> dict[str, Any]:
         """One completion's part of an event."""
@@ -144,7 +159,7 @@ class Reply:
     def _logprobs(self, tokens: Sequence[int], scores: Sequence[TokenLogprobs | None]) -> dict[str, Any]:
         """As completions have them. The first token of a text has none."""
         names = list(map(self._token, tokens))
-        offsets = [sum(map(len, names[:place])) for place in range(len(names))]
+        offsets = [0, *accumulate(map(len, names))][: len(names)]
         return {
             "tokens": names,
             "token_logprobs": [None if one is None else one.logprob for one in scores],
@@ -184,6 +199,28 @@ class Reply:
         return text if text and "\ufffd" not in text else str(self.tokenizer.convert_ids_to_tokens(token))
 
 
+def reason_of(done: Generation) -> str:
+    """Why a completion ended, by OpenAI's names."""
+    return "content_filter" if done.finish_reason == "blocked" else done.finish_reason
+
+
+def labels_of(labels: Mapping[str, Label] | None) -> dict[str, Any]:
+    """Labels as a field of a choice; no field where no probe was asked."""
+    if not labels:
+        return {}
+    return {
+        "labels": {
+            name: {
+                "label": one.label,
+                "probabilities": {of: round(share, 6) for of, share in one.probabilities.items()},
+                "out_of_distribution": round(one.out_of_distribution, 4),
+                "probe": one.probe,
+            }
+            for name, one in labels.items()
+        }
+    }
+
+
 def failure(done: Generation) -> ApiError | None:
     """Why a request has no completion, where it has none."""
     if done.finish_reason == "error":
@@ -217,4 +254,5 @@ def spent(ledger: Ledger, num_layers: int, drafting: DraftStats | None) -> dict[
         "flops": flops,
         "flops_saved": ledger.dense_prompt_flops + ledger.dense_decode_flops - flops,
         "draft": draft,
+        **({"probe_flops": ledger.probe_flops} if ledger.probe_flops else {}),
     }

@@ -9,9 +9,16 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 Tokens = list[Annotated[int, Field(ge=0)]]
 MAX_LOGPROBS = 20
+MAX_BIASES = 1024
+MAX_STOPS = 32
+Bias = Annotated[float, Field(ge=-100, le=100)]
+"""Of logits, which are float32: with 1e308 there would be nothing left to choose from."""
+StopString = Annotated[str, Field(max_length=256)]
+"""Looked for after every token by the thread that all requests share, hence no longer and no more of them."""
 
 
 class Body(BaseModel):
@@ -25,11 +32,17 @@ class Body(BaseModel):
         return {name: value for name, value in body.items() if value is not None} if isinstance(body, dict) else body
 
 
+def misplaced(field: str, reason: str) -> PydanticCustomError:
+    """A field that does not go with the others; `errors.on_validation_error` names it."""
+    return PydanticCustomError("misplaced", "{reason}", {"field": field, "reason": reason})
+
+
 class StreamOptions(Body):
     """What a stream carries beside text."""
 
     include_usage: bool = Field(False, description="A last event with `usage`.")
     include_layers: bool = Field(False, description="Per event the tokens, and how many layers computed each.")
+    include_obfuscation: Literal[False] = Field(False, description="Padding against eavesdroppers: there is none.")
 
 
 class JsonSchema(Body):
@@ -53,7 +66,7 @@ class ResponseFormat(Body):
     def _has_its_field(self) -> ResponseFormat:
         for name in ("json_schema", "regex", "choice"):
             if (getattr(self, name) is not None) != (self.type == name):
-                raise ValueError(f"type {self.type!r} and the field {name!r} do not go together")
+                raise misplaced(name, f"does not go together with type {self.type!r}")
         return self
 
 
@@ -83,30 +96,32 @@ class Generate(Depth):
     temperature: float = Field(1.0, ge=0)
     top_p: float = Field(1.0, gt=0, le=1)
     n: int = Field(1, ge=1)
-    stop: str | list[str] = Field([])
+    stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)] = Field([])
     seed: int | None = None
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: dict[str, float] = Field({}, description="By token id, as a string.")
+    presence_penalty: Bias = 0.0
+    frequency_penalty: Bias = 0.0
+    logit_bias: dict[str, Bias] = Field({}, max_length=MAX_BIASES, description="By token id, as a string.")
     response_format: ResponseFormat | None = None
     stream: bool = False
     stream_options: StreamOptions = StreamOptions.model_validate({})
     user: str | None = Field(None, max_length=256, description="Stands in the log beside the request.")
     draft: str | None = Field(None, description="How to draft; the tokens stay the same. off: not at all.")
+    probes: list[str] = Field([], description="Names of probes that label the prompt before its first new token.")
     timeout_s: float | None = Field(None, gt=0, description="Seconds that it may take, waiting included.")
     top_k: int | None = Field(None, ge=1)
     min_p: float | None = Field(None, ge=0, le=1)
-    repetition_penalty: float = Field(1.0, gt=0)
+    repetition_penalty: float = Field(1.0, ge=0.01, le=100)
     min_tokens: int = Field(0, ge=0)
     ignore_eos: bool = False
     entropy: bool = Field(
         False, description="The entropy trace of each completion over the top 20 tokens, in usage.shoal.traces."
     )
+    service_tier: Literal["auto", "default"] = Field("auto", description="There is one: others are refused.")
 
     @model_validator(mode="after")
     def _streams(self) -> Generate:
         if "stream_options" in self.model_fields_set and not self.stream:
-            raise ValueError("stream_options is for streams: set stream")
+            raise misplaced("stream_options", "is for streams: set stream")
         return self
 
 
@@ -144,13 +159,16 @@ class Chat(Generate):
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=MAX_LOGPROBS)
+    modalities: list[Literal["text"]] = Field(["text"], min_length=1, max_length=1, description="Text.")
+    parallel_tool_calls: Literal[True] = Field(True, description="OpenAI's default; no tool is ever called.")
+    store: Literal[False] = Field(False, description="Nothing is stored: true is refused.")
 
     @model_validator(mode="after")
     def _one_limit(self) -> Chat:
         if self.max_tokens is not None and self.max_completion_tokens is not None:
-            raise ValueError("max_tokens and max_completion_tokens say the same: give one")
+            raise misplaced("max_tokens", "says the same as max_completion_tokens: give one")
         if "top_logprobs" in self.model_fields_set and not self.logprobs:
-            raise ValueError("top_logprobs needs logprobs")
+            raise misplaced("top_logprobs", "needs logprobs")
         return self
 
 

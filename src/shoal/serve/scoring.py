@@ -55,12 +55,20 @@ def scoring_job(intake: Intake, body: schema.Score) -> ScoringJob:
 def continuation_tokens(
     intake: Intake, text: str | Sequence[int], prompt: tuple[int, ...], continuation: str | Sequence[int]
 ) -> tuple[int, ...]:
-    """What a text's tokens have beyond the prompt's: a token may span the border, and then the prompt's last one is another."""
+    """What a text's tokens have beyond the prompt's: a token may span the border, and then the prompt's last one is another.
+
+    Where the tokenizer ends a prompt with a special token, or its text is not known, a continuation stands by itself.
+    """
     if not isinstance(continuation, str):
         return tuple(continuation)
-    if not isinstance(text, str):
-        return tuple(intake.engine.tokenizer(continuation, add_special_tokens=False).input_ids)
-    return intake.encode(text + continuation)[len(prompt) :]
+    intake.check_text(continuation, "continuations")
+
+    def tokens(text: str) -> tuple[int, ...]:
+        return tuple(intake.engine.tokenizer(text, add_special_tokens=False).input_ids)
+
+    if isinstance(text, str) and prompt[-len(plain := tokens(text)) :] == plain:
+        return tokens(text + continuation)[len(plain) :]
+    return tokens(continuation)
 
 
 def scores(job: ScoringJob, done: Sequence[Generation], *, model: str, num_layers: int) -> dict[str, Any]:

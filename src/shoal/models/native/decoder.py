@@ -88,11 +88,25 @@ class NativeDecoder:
         one.below, one.among = (
             (work.trees.below.ctypes.data, work.trees.among.ctypes.data) if work.trees else (None, None)
         )
-        self.library.run_pass(self.model, one)
+        self._run(one, work)
         logits = self._buffers["logits"][:num_logits]
         if len(work.token_ids) > KEPT_TOKENS:
             self._buffers, self._room = {}, (0, 0, 0)
         return logits
+
+    def _run(self, one: NativePass, work: Pass) -> None:
+        """The whole pass in one call, or layer by layer where somebody sees its states."""
+        num_layers = self.config.shape.num_layers
+        one.first_layer, one.end_layer = -1, num_layers
+        if not work.watched:
+            self.library.run_pass(self.model, one)
+            return
+        states = self._buffers["x"][: one.num_tokens]
+        for level in range(num_layers + 1):  # each call ends before layer `level`, the last one with the logits
+            one.first_layer, one.end_layer = level - 1, level
+            self.library.run_pass(self.model, one)
+            for watched in work.watched:
+                watched.show(level, states)
 
     def _make_room(self, *needed: int) -> None:
         """Buffers for a pass of so many tokens, logits and values of scratch: those of the last one where they are large enough,

@@ -1,4 +1,4 @@
-// A decoder's pass in one call: for each layer norm, qkv, attention over the cache in place, out, norm, up, activation, down; then the
+// A decoder's pass in one call, or in a call per layer where somebody looks on: for each layer norm, qkv, attention over the cache in place, out, norm, up, activation, down; then the
 // head. What it computes is decoder.py's plain path with activations in float32; structures mirror those of library.py.
 
 #include "team.h"
@@ -55,6 +55,7 @@ typedef struct {
     const int64_t *given;            // [tokens] which of `states` a token brings instead of its embedding, -1 for none; or null
     const float *states;             // [given, hidden]
     const int64_t *below, *among;    // as in Attention, or null
+    int64_t first_layer, end_layer;  // part of the pass, x keeps the states from call to call; -1 begins with the embedding
 } Pass;
 
 typedef struct {
@@ -170,11 +171,12 @@ static void run_pass(void *data) {
     Team team = {.shared = &call->shared, .thread = call->runtime->thread(), .step = 0};
     // The runtime may lend fewer threads than asked for; every thread writes the same number.
     call->shared.num_threads = call->runtime->threads();
-    embed(&team, m, p);
-    for (int64_t l = 0; l < m->num_layers; l++) {
+    if (p->first_layer < 0) embed(&team, m, p);
+    for (int64_t l = p->first_layer < 0 ? 0 : p->first_layer; l < p->end_layer; l++) {
         add_states(&team, m, p, l);  // a layer changes x behind its first meeting only, so nobody waits here
         if (p->works[l]) run_layer(&team, m, &m->layers[l], p, p->works[l], p->keys[l], p->values[l]);
     }
+    if (p->end_layer < m->num_layers) return;
     add_states(&team, m, p, m->num_layers);
     norm_rows(&team, m, &m->final_norm, p->x, p->logit_tokens, p->num_logits, p->normed);
     meet(&team);

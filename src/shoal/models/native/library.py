@@ -159,6 +159,8 @@ class Pass(Structure):
         ("states", c_void_p),
         ("below", c_void_p),
         ("among", c_void_p),
+        ("first_layer", c_int64),
+        ("end_layer", c_int64),
     )
 
 

@@ -1,0 +1,93 @@
+"""A comparator that asks a language model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from shoal.errors import InvalidInput
+from shoal.lm.contract import ChatJob, Decoding, GenerateJob, LanguageModel, Message, Prompt, ScoreJob
+from shoal.rank.oracle import Reading
+from shoal.rank.questions import Question
+from shoal.rank.templates import Template
+
+Mode = Literal["score", "generate"]
+LABEL_TOKENS = 6
+"""New tokens that a label may take."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompted:
+    """A model asked about one query's passages.
+
+    `score` reads the log-probabilities of the possible answers: one pass, and every answer can be read. `generate` lets the model
+    write and reads its text; an answer that names no label, or one twice, is not guessed at.
+    """
+
+    model: LanguageModel
+    """Who."""
+    template: Template
+    """How."""
+    query: str
+    """The query."""
+    passages: Sequence[str]
+    """By document, already cut."""
+    mode: Mode = "score"
+    """See above."""
+    chat: bool = False
+    """Whether the prompt is a user's turn of a chat, as models tuned to follow instructions expect."""
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("score", "generate"):
+            raise InvalidInput(f"mode must be score or generate, got {self.mode!r}")
+
+    def read(self, presentations: Sequence[Question]) -> list[Reading]:
+        """As in `Comparator`."""
+        return self._score(presentations) if self.mode == "score" else self._generate(presentations)
+
+    def _prompt(self, shown: Question) -> str:
+        return self.template.prompt(self.query, [self.passages[document] for document in shown])
+
+    def _score(self, presentations: Sequence[Question]) -> list[Reading]:
+        jobs = []
+        for shown in presentations:
+            prompt: Prompt = self._prompt(shown)
+            answers = self.template.answers(len(shown))
+            if self.chat:
+                prompt = (Message(role="user", content=str(prompt)),)
+                answers = tuple(answer.lstrip() for answer in answers)
+            jobs.append(ScoreJob(prompt=prompt, continuations=answers, template=self.template.key))
+        readings = []
+        for scores in self.model.score(jobs):
+            told = [logprob for logprob in scores.logprobs if logprob is not None]
+            complete = len(told) == len(scores.logprobs)
+            readings.append(Reading(tuple(told) if complete else None, scores.usage))
+        return readings
+
+    def _generate(self, presentations: Sequence[Question]) -> list[Reading]:
+        prompts = [self._prompt(shown) for shown in presentations]
+        decodings = [Decoding(max_new_tokens=LABEL_TOKENS * self._labels_written(shown)) for shown in presentations]
+        if self.chat:
+            replies = self.model.chat(
+                [
+                    ChatJob(
+                        messages=(Message(role="user", content=prompt),), decoding=decoding, template=self.template.key
+                    )
+                    for prompt, decoding in zip(prompts, decodings, strict=True)
+                ]
+            )
+        else:
+            replies = self.model.generate(
+                [
+                    GenerateJob(prompt=prompt, decoding=decoding, template=self.template.key)
+                    for prompt, decoding in zip(prompts, decodings, strict=True)
+                ]
+            )
+        return [
+            Reading(self.template.parse(reply.text, len(shown)), reply.usage)
+            for shown, reply in zip(presentations, replies, strict=True)
+        ]
+
+    def _labels_written(self, shown: Question) -> int:
+        return len(shown) if self.template.kind == "list" else 1

@@ -1,0 +1,124 @@
+"""`shoal rank`: files in and out, forecasts, going on after a failure."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from families import save, tiny_model
+from shoal.cli.main import app
+from shoal.errors import InvalidInput
+from shoal.rank.trec import read_run, run_lines
+
+DOCS = [{"id": f"d{number}", "text": f"passage about {number} fish", "score": 20.0 - number} for number in range(12)]
+
+
+def shoal(*arguments: object) -> Result:
+    return CliRunner().invoke(app, ["rank", *map(str, arguments)])
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny checkpoint with room for prompts; a token is a byte."""
+    return save(tiny_model("llama", max_position_embeddings=2048), tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.fixture
+def docs(tmp_path: Path) -> Path:
+    path = tmp_path / "docs.jsonl"
+    path.write_text("".join(json.dumps(one) + "\n" for one in DOCS))
+    return path
+
+
+def test_one_query(model: Path, docs: Path, tmp_path: Path) -> None:
+    """A table of the best, a line of costs, and JSON with both; the same command again pays for nothing."""
+    out = tmp_path / "out.jsonl"
+    command = ("--query", "fish?", "--docs", docs, "--model", model, "--budget", 15, "-k", 3, "-o", out)
+    first = shoal(*command)
+    assert first.exit_code == 0, first.output
+    assert "15 calls (15 paid for now)" in first.output
+    (line,) = map(json.loads, out.read_text().splitlines())
+    assert sorted(line["documents"]) == sorted(one["id"] for one in DOCS)
+    assert (line["calls"], line["paid_calls"], line["cut_documents"], line["unparsed"]) == (15, 15, 0, 0)
+    again = shoal(*command)
+    assert "15 calls (0 paid for now)" in again.output
+    assert json.loads(out.read_text())["documents"] == line["documents"]
+
+
+def test_run_files(model: Path, docs: Path, tmp_path: Path) -> None:
+    """A run in, a run out: each query's candidates and no others; the tail beyond --depth is left out."""
+    topics, run, out = tmp_path / "topics.tsv", tmp_path / "in.trec", tmp_path / "out.trec"
+    topics.write_text("1\tone fish\n2\ttwo fish\n")
+    run.write_text(run_lines("1", [f"d{one}" for one in range(6)], "bm25") + run_lines("2", ["d7", "d3", "d9"], "bm25"))
+    done = shoal(
+        "--queries", topics, "--run", run, "--docs", docs, "-m", model, "--budget", 6, "-k", 2, "--depth", 4, "-o", out
+    )
+    assert done.exit_code == 0, done.output
+    ranked = read_run(out)
+    assert {query: sorted(document for document, _ in found) for query, found in ranked.items()} == {
+        "1": ["d0", "d1", "d2", "d3"], "2": ["d3", "d7", "d9"],
+    }  # fmt: skip
+    assert [score for _, score in ranked["2"]] == [3, 2, 1]
+    assert (tmp_path / "out.trec.answers").exists()
+
+
+def test_forecast_asks_nothing(docs: Path) -> None:
+    """Not even for the model."""
+    done = shoal("--query", "q", "--docs", docs, "-m", "no/where", "--plan", "--ranker", "all-pairs", "--budget", 1000)
+    assert done.exit_code == 0, done.output
+    assert "About 66 calls per query" in done.output
+
+
+def test_ties_and_order_of_run_files(tmp_path: Path) -> None:
+    """By score; of equal scores by rank; broken lines and repeats are named."""
+    path = tmp_path / "run"
+    path.write_text("q Q0 a 2 1.0 t\nq Q0 b 1 1.0 t\nq Q0 c 3 5 t\n")
+    assert [document for document, _ in read_run(path)["q"]] == ["c", "b", "a"]
+    for text, said in (
+        ("q Q0 a 1 1 t\nq Q0 a 2 0 t\n", "line 2: document 'a' of query 'q' stands in line 1"), ("q Q0 a x 1 t\n", "line 1"),
+        ("q Q0 a 1 nan t\n", "not finite"), ("", "holds no line"), ("q Q0\n", "expected query"),
+    ):  # fmt: skip
+        path.write_text(text)
+        with pytest.raises(InvalidInput, match=said):
+            read_run(path)
+
+
+def test_bad_input(docs: Path, tmp_path: Path) -> None:
+    """The message alone, and 2."""
+    topics, run = tmp_path / "topics.tsv", tmp_path / "in.trec"
+    topics.write_text("1\tone\n")
+    run.write_text("1 Q0 d99 1 1.0 t\n")
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"text": "a"}\n{"text": ""}\n')
+    same = tmp_path / "same.txt"
+    same.write_text("one\ntwo\none\n")
+    model = ("-m", "no/where")
+    for arguments, said in (
+        (("--docs", docs, *model), "give --query"),
+        (("--docs", docs, "--query", "q", "--run", run, *model), "give --query"),
+        (("--docs", docs, "--queries", topics, "--run", run, *model), "'d99' of query '1' is not among"),
+        (("--docs", other, "--query", "q", *model), "line 2: 'text'"),
+        (("--docs", same, "--query", "q", "-k", 1, *model), "0 and 2 are the same"),
+        (("--docs", docs, "--query", "q", "-k", 13, *model), "--k 13 is above its 12"),
+        (("--docs", docs, "--query", "q", "--budget", 0, *model), "budget must be 1 or more"),
+        (("--docs", docs, "--query", "q", "--ranker", "bogo", *model), "no ranker 'bogo'"),
+        (("--docs", docs, "--query", "q", "-m", "http://localhost:1/v1"), "names no model"),
+        (("--docs", tmp_path / "none", "--query", "q", *model), "cannot be read"),
+    ):  # fmt: skip
+        done = shoal(*arguments)
+        assert done.exit_code == 2, (arguments, done.output)
+        assert said in " ".join(done.output.split())
+
+
+def test_a_server_that_is_not_there(docs: Path, tmp_path: Path) -> None:
+    """It says where the answers are, and how to go on."""
+    done = shoal(
+        "--query", "q", "--docs", docs, "-m", "http://127.0.0.1:9/v1#m", "-o", tmp_path / "out.trec", "--max-retries", 0
+    )
+    assert done.exit_code == 1, done.output
+    said = " ".join(done.output.split())
+    assert "cannot be reached" in said
+    assert "the same command goes on from there" in said

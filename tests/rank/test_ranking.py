@@ -1,0 +1,175 @@
+"""Texts to texts: prompts, modes, caches, failures, a real server."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from families import save, tiny_model
+from running import running
+from shoal import Engine
+from shoal.errors import InvalidInput, LanguageModelError
+from shoal.lm import AnswerCache, GenerateJob, LocalModel, ScoreJob, ScriptedModel
+from shoal.lm.remote import RemoteModel
+from shoal.rank import RankConfig, rank
+from shoal.rank.templates import Template, load_template
+from shoal.serve.config import ServeConfig
+
+DOCS = [f"{'x' * length} is {length}" for length in (3, 9, 1, 7, 5, 8, 2, 6, 4, 10)]
+LONGEST = [f"{'x' * length} is {length}" for length in range(10, 0, -1)]
+PASSAGE = re.compile(r"^(?:Passage \w+:|\[\d+\]) (.*)$", re.MULTILINE)
+
+
+def sizes(prompt: str) -> list[float]:
+    return [float(len(passage)) for passage in PASSAGE.findall(prompt)]
+
+
+def by_score(job: ScoreJob) -> list[float]:
+    """It prefers long passages."""
+    return sizes(str(job.prompt))
+
+
+def in_words(job: GenerateJob) -> str:
+    """The same, as text."""
+    found = sizes(job.prompt)
+    places = sorted(range(len(found)), key=lambda one: -found[one])
+    if "identifiers" in job.prompt:
+        return " > ".join(f"[{one + 1}]" for one in places)
+    return f" Passage {'ABCDEFGH'[places[0]]}."
+
+
+@pytest.mark.parametrize("ranker", ["quicksort", "heapsort", "setwise", "listwise", "mohajer", "adaptive", "all-pairs"])
+@pytest.mark.parametrize("mode", ["score", "generate"])
+def test_rankers_through_prompts(ranker: str, mode: str) -> None:
+    """Pairs, sets and lists, scored and written."""
+    model = ScriptedModel(score=by_score, generate=in_words)
+    done = rank("long ones", DOCS, model=model, k=4, budget=400, ranker=ranker, mode=mode)
+    assert [one.text for one in done.documents[:4]] == LONGEST[:4]
+    assert done.cost.calls == done.cost.usage.paid_calls == len(model.asked)
+    assert done.cost.tokens == sum(len(str(job.prompt).split()) for job in model.asked) + done.cost.usage.new_tokens
+    assert done.cost.unparsed == 0
+
+
+def test_model_that_answers_neither() -> None:
+    """Its answers are counted, and the order stays."""
+    model = ScriptedModel(generate=lambda job: "I would rather not say")
+    done = rank("q", DOCS, model=model, k=3, budget=20, mode="generate", ranker="heapsort")
+    assert done.cost.unparsed == done.cost.calls > 0
+    assert done.order == list(range(10))
+
+
+def test_passages_are_cut_and_it_is_said() -> None:
+    """By tokens of the model: here words."""
+    model = ScriptedModel(score=by_score)
+    docs = ["one two three four five", "six seven", "eight nine ten eleven"]
+    done = rank("a query of many words", docs, model=model, k=1, max_passage_tokens=3, max_query_tokens=2)
+    assert (done.cut_documents, done.cut_query) == (2, True)
+    prompts = "\n".join(str(job.prompt) for job in model.asked)  # type: ignore[union-attr]
+    assert "one two three\n" in prompts
+    assert "four" not in prompts
+    assert "Query: a query\n" in prompts
+    assert set(done.order) == {0, 1, 2}
+    assert done.documents[0].text in docs
+
+
+def test_resume_pays_nothing_twice(tmp_path: Path) -> None:
+    """A model dies after 13 calls. The same call goes on, ends where an undisturbed one does, and pays for the rest only."""
+    settings = {"k": 4, "budget": 30, "ranker": "quicksort"}
+    whole = rank("q", DOCS, model=ScriptedModel(score=by_score), **settings)  # type: ignore[arg-type]
+    cache = AnswerCache(tmp_path / "answers")
+    dying, healthy = ScriptedModel(score=by_score, fail_after=13), ScriptedModel(score=by_score)
+    with pytest.raises(LanguageModelError):
+        rank("q", DOCS, model=dying, cache=cache, **settings)  # type: ignore[arg-type]
+    resumed = rank("q", DOCS, model=healthy, cache=cache, **settings)  # type: ignore[arg-type]
+    assert resumed.order == whole.order
+    assert resumed.cost.calls == whole.cost.calls == len(dying.asked) + len(healthy.asked)
+    assert resumed.cost.usage.paid_calls == len(healthy.asked) == whole.cost.calls - 13
+
+
+def test_directions_share_answers(tmp_path: Path) -> None:
+    """What was asked in both directions answers the drawn one."""
+    cache = AnswerCache(tmp_path / "answers")
+    model = ScriptedModel(score=by_score)
+    rank("q", DOCS, model=model, cache=cache, ranker="all-pairs", direction="both", budget=None)
+    assert len(model.asked) == 90
+    again = rank("q", DOCS, model=model, cache=cache, ranker="all-pairs", direction="random", budget=None)
+    assert (len(model.asked), again.cost.calls, again.cost.usage.paid_calls) == (90, 45, 0)
+
+
+def test_here_and_on_a_server(tmp_path: Path) -> None:
+    """A tiny model gives the same order here and behind `shoal serve`, for as many calls and tokens."""
+    directory = save(tiny_model("llama", max_position_embeddings=2048), tmp_path)
+    local = LocalModel.from_pretrained(directory, max_batch=4, cache_gib=0.2)
+    ours = rank("long ones", DOCS, model=local, k=3, budget=25, max_passage_tokens=40)
+    assert ours.cost.calls == 25
+    assert ours.cost.usage.ledger is not None
+    assert ours.cost.usage.prompt_tokens == ours.cost.usage.ledger.prompt_tokens > 25 * 100
+    engine = Engine.from_pretrained(directory, max_batch=4, cache_gib=0.2)
+    with running(engine, ServeConfig(model="tiny", max_queue=64)) as url:
+        theirs = rank("long ones", DOCS, model=RemoteModel(f"{url}/v1", "tiny"), k=3, budget=25, max_passage_tokens=40)
+    assert theirs.order == ours.order
+
+
+def test_templates() -> None:
+    """Slots stand once, texts with braces stay texts, and answers are read or not."""
+    pair, listed = load_template("pair"), load_template("list")
+    prompt = pair.prompt("{passages} {query}", ["{label} one", "two"])
+    assert "Query: {passages} {query}\n" in prompt
+    assert "Passage A: {label} one\n" in prompt
+    assert pair.answers(2) == (" Passage A", " Passage B")
+    for text, wanted in (
+        ("A", (1.0, 0.0)), (" Passage B", (0.0, 1.0)), ("passage b, since", (0.0, 1.0)), ("[A]", (1.0, 0.0)),
+        ("Apples", None), ("", None), ("Neither", None), ("Passage C", None),
+    ):  # fmt: skip
+        assert pair.parse(text, 2) == wanted, text
+    assert listed.parse("[2] > [1]", 3) == (2.0, 3.0, 0.0)
+    assert listed.parse("[2] > [2]", 3) is None
+    assert listed.parse("2 > 1", 3) is None
+
+
+def test_templates_that_are_none(tmp_path: Path) -> None:
+    """Each problem is named."""
+    good = {
+        "name": "t", "version": "1", "kind": "pair", "labels": ("A", "B"), "passage": "{label} {text}", "answer": " {label}",
+        "text": "{query} {passages}",
+    }  # fmt: skip
+    Template(**good)  # type: ignore[arg-type]
+    for part, bad in (
+        ("text", "{query} {query} {passages}"),
+        ("passage", "{text}"),
+        ("answer", " A"),
+        ("labels", ("A", "A")),
+    ):
+        with pytest.raises(InvalidInput, match=part):
+            Template(**{**good, part: bad})  # type: ignore[arg-type]
+    file = tmp_path / "mine.toml"
+    file.write_text("[mine]\nversion = '1'\n")
+    with pytest.raises(InvalidInput, match="must be a table with"):
+        load_template(str(file))
+    with pytest.raises(InvalidInput, match="no template file"):
+        load_template(str(tmp_path / "other.toml"))
+    with pytest.raises(InvalidInput, match="needs a template of kind set"):
+        RankConfig(ranker="setwise", template="pair").make()
+
+
+def test_bad_input() -> None:
+    """Documents, sizes and settings; said before anything is asked."""
+    model = ScriptedModel(score=by_score)
+    for docs, said in (
+        ([], "no documents"),
+        (["a", " "], "document 1 is empty"),
+        (["a", "b", "a"], "0 and 2 are the same"),
+    ):
+        with pytest.raises(InvalidInput, match=said):
+            rank("q", docs, model=model)
+    with pytest.raises(InvalidInput, match="query is empty"):
+        rank(" ", DOCS, model=model)
+    for settings, said in (
+        ({"budget": 0}, "budget must be 1 or more"), ({"k": 0}, "k must be"), ({"soft": True, "mode": "generate"}, "soft"),
+        ({"ranker": "bogosort"}, "no ranker"), ({"mode": "guess"}, "mode"),
+    ):  # fmt: skip
+        with pytest.raises(InvalidInput, match=said):
+            rank("q", DOCS, model=model, **settings)  # type: ignore[arg-type]
+    assert model.asked == []
