@@ -116,6 +116,13 @@ def drafting_gates(run: dict[str, Any]) -> Iterator[Gate]:
     yield Gate(what="no draft slower: largest of 5 ratios, worst draft", case=case, value=worst, at_least=1)
 
 
+def entropy_gates(run: dict[str, Any]) -> Iterator[Gate]:
+    """What a trace adds to decoding."""
+    rows = {row["trace"]: row for row in run["variants"]}
+    value = rows["top 20"]["over_none"]["median"]
+    yield Gate(what="entropy trace over none", case=run["case"], value=value, at_most=1.05)
+
+
 def probes_gates(run: dict[str, Any]) -> Iterator[Gate]:
     """What probes add to reading prompts."""
     for row in run["variants"]:
@@ -142,6 +149,7 @@ GATES: dict[str, Callable[[dict[str, Any]], Iterator[Gate]]] = {
     "memory": memory_gates,
     "scaling": scaling_gates,
     "drafting": drafting_gates,
+    "entropy": entropy_gates,
     "probes": probes_gates,
     "serve": serve_gates,
 }

@@ -15,6 +15,7 @@ from typing import Any
 from peers.client import PEERS, Absent, Peer
 from report import paired, rounded, spread
 from shoal import DepthPlan, Engine, Sampling
+from shoal.engine.entropy import TopK
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,9 +37,11 @@ class Sample:
         return self.total_s - self.prompt_s
 
 
-def run_shoal(engine: Engine, prompts: Sequence[list[int]], plan: DepthPlan, new_tokens: int) -> Sample:
-    """One batch through our engine: greedy, nothing ends a row early."""
-    sampling = Sampling(max_new_tokens=new_tokens, ignore_eos=True)
+def run_shoal(
+    engine: Engine, prompts: Sequence[list[int]], plan: DepthPlan, new_tokens: int, *, entropy_top_k: TopK | None = None
+) -> Sample:
+    """One batch through our engine: greedy, nothing ends a row early; with the entropy trace where one is asked for."""
+    sampling = Sampling(max_new_tokens=new_tokens, ignore_eos=True, entropy_top_k=entropy_top_k)
     tokens: list[list[int]] = [[] for _ in prompts]
     prompt_s = 0.0
     began = time.perf_counter()

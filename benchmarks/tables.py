@@ -16,6 +16,7 @@ import agreement
 import clocks
 import decode_tables
 import drafting
+import entropy
 import gates
 import memory
 import prefill
@@ -43,6 +44,7 @@ SUMMARIES: dict[str, Callable[[list[dict[str, Any]]], str]] = {
     "short_requests": each(short_requests.describe),
     "agreement": each(agreement.describe),
     "drafting": each(drafting.describe),
+    "entropy": entropy.describe,
     "probes": each(probes.describe),
     "serve": serve_tables.summary,
 }

@@ -204,6 +204,16 @@ def decode(
     return Decoded(token_ids[len(prompt_ids) :], torch.stack(rows))
 
 
+def uncertainty(logits: Tensor, token: int, top_k: int) -> tuple[float, float]:
+    """Of logits [V], in float64 and nats: -sum p log p over the `top_k` most probable tokens, as they are; -log p of `token`."""
+    values = [float(value) for value in logits]
+    largest = max(values)
+    total = sum(math.exp(value - largest) for value in values)
+    probabilities = sorted((math.exp(value - largest) / total for value in values), reverse=True)
+    entropy = -sum(p * math.log(p) for p in probabilities[:top_k] if p > 0)
+    return entropy, largest + math.log(total) - values[token]
+
+
 # --- Confidence exits -------------------------------------------------------------------------------------------------
 
 Confidence = Callable[[Tensor, Tensor, Tensor], float]

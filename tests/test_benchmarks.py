@@ -168,3 +168,9 @@ def test_the_server_is_asked_at_every_load_by_every_variant() -> None:
     assert saturated["variants"][0]["over_forecast"]["median"] > 0
     assert all(row["tokens_per_event"] == 1 for row in saturated["variants"])
     assert all(0 < row["pass_share"]["median"] < 1 for row in saturated["variants"])
+
+
+def test_entropy_is_measured_beside_none() -> None:
+    for one in run("entropy.py", "--gates"):
+        assert [row["trace"] for row in one["variants"]] == ["none", "top 20", "full vocabulary"]
+        assert one["variants"][0]["over_none"]["median"] == 1

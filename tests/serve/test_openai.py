@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -14,6 +15,7 @@ from openai import AsyncOpenAI, OpenAI
 from running import running
 from shoal import Engine, Sampling, SkipDecode
 from shoal.serve.config import ServeConfig
+from shoal.signals.traces import read_traces
 
 PROMPT = "the shoal turns as one"
 
@@ -376,3 +378,21 @@ def test_unknown_models_and_paths(client: OpenAI, url: str) -> None:
         client.embeddings.create(model="tiny", input="x")
     with pytest.raises(openai.BadRequestError, match="JSON"):
         client.with_options(base_url=url).post("/v1/completions", content=b"{", cast_to=object)
+
+
+def test_entropy_traces(client: OpenAI, alone: Engine, tmp_path: Path) -> None:
+    """Beside the usage, of every completion, streamed or not; `shoal monitor` reads the response as it is."""
+    ours = expected(alone, seed=3, n=2, entropy_top_k=20)
+    answer = complete(client, seed=3, n=2, extra_body={"entropy": True})
+    got = answer.usage.shoal["traces"]
+    assert [len(one["nlls"]) for one in got] == [len(one.token_ids) for one in ours]
+    for one, generation in zip(got, ours, strict=True):
+        assert one["entropies"] == pytest.approx(generation.trace.entropies, abs=1e-4)
+        assert one["g_nll"] == pytest.approx(generation.trace.g_nll, abs=1e-3)
+    extra = {"entropy": True, "stream_options": {"include_usage": True}}
+    pieces = list(complete(client, seed=3, n=2, stream=True, extra_body=extra))
+    assert [len(one["nlls"]) for one in pieces[-1].usage.shoal["traces"]] == [len(one["nlls"]) for one in got]
+    assert "traces" not in complete(client).usage.shoal
+    path = tmp_path / "responses.jsonl"
+    path.write_text(answer.model_dump_json() + "\n")
+    assert [one.trace.nlls for one in read_traces(path)] == [tuple(one["nlls"]) for one in got]

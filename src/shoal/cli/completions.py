@@ -19,7 +19,7 @@ from shoal.cli.prompts import PromptLine
 from shoal.errors import InvalidInput
 
 OWN_FIELDS = {
-    "index", "sample", "completion", "token_ids", "logprobs", "finish_reason", "past_horizon", "error", "usage",
+    "index", "sample", "completion", "token_ids", "logprobs", "trace", "finish_reason", "past_horizon", "error", "usage",
     "labels", "settings",
 }  # fmt: skip
 

@@ -112,6 +112,14 @@ def generate(
     logprobs: Annotated[
         int | None, option("Sampling", "Write the log-probabilities of emitted tokens and of this many top ones.")
     ] = None,
+    entropy: Annotated[
+        bool,
+        option(
+            "Sampling",
+            "Write each completion's entropy trace over the top 20 tokens, for `shoal monitor`.",
+            "--entropy",
+        ),
+    ] = False,
     dtype: options.Dtype = "auto",
     device: Annotated[str, option("Model", "cpu, cuda or cuda:1.")] = "cpu",
     threads: Annotated[int | None, option("Model", "CPU threads. Default: PyTorch's choice.")] = None,
@@ -129,6 +137,8 @@ def generate(
     shoal generate shoal-e2e prompts.jsonl -o completions.jsonl --draft auto
 
     shoal generate shoal-e2e prompts.jsonl -o completions.jsonl --draft-plan draft_plan.json
+
+    shoal generate shoal-e2e prompts.jsonl -o traces.jsonl --entropy
     """
     policy = options.depth_policy(
         policy=policy_name,
@@ -174,6 +184,7 @@ def generate(
         seed=seed,
         n=n,
         logprobs=logprobs,
+        entropy_top_k=20 if entropy else None,
     )
     settings = settings_of(
         policy,
@@ -291,6 +302,8 @@ def record(done: Generation, *, token_ids: bool) -> dict[str, Any]:
             {"token_id": token, "logprob": position.logprob, "top": [list(pair) for pair in position.top.items()]}
             for token, position in zip(done.token_ids, done.logprobs, strict=True)
         ]
+    if done.trace is not None:
+        fields["trace"] = done.trace.to_dict()
     fields["finish_reason"] = done.finish_reason
     if done.error is not None:
         fields["error"] = done.error

@@ -17,6 +17,7 @@ from shoal.cli.evaluate import evaluate
 from shoal.cli.frontier import frontier
 from shoal.cli.generate import generate
 from shoal.cli.info import info
+from shoal.cli.monitor import monitor
 from shoal.cli.plan import plan
 from shoal.cli.probe import app as probe
 from shoal.cli.rank import rank
@@ -72,6 +73,7 @@ def main(
 generating, measuring = (generate, serve, plan), (voids, frontier, route, suits, defer, draft_plan, report, reproduce)
 for command in (*generating, rank, info, convert, tune, *measuring):
     app.command()(command)
+app.add_typer(monitor, name="monitor")
 app.add_typer(evaluate, name="evaluate")
 app.add_typer(probe, name="probe")
 

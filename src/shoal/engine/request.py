@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from shoal.depth.plan import DepthPlan
 from shoal.engine.drafting import DraftStats
+from shoal.engine.entropy import EntropyTrace
 from shoal.engine.ledger import Ledger
 from shoal.engine.observing import Findings, Label, Reading
 from shoal.engine.routing import PromptStates
@@ -56,6 +57,8 @@ class Generation:
     """Whether it ran on past its plan's horizon, at the plan's minimum depth."""
     plan: DepthPlan
     """What decided its layers: as given, made by the policy, or by the router from its prompt."""
+    trace: EntropyTrace | None = None
+    """How unsure the model was at each token, where asked for."""
     drafting: DraftStats | None = None
     """What drafting did for it, where it was asked for."""
     error: str | None = None
@@ -119,6 +122,8 @@ class Request:
     output: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    uncertainty: list[tuple[float, float]] = field(default_factory=list)
+    """(entropy, nll) of each token of the output, where asked for."""
 
     @property
     def known(self) -> int:
@@ -135,6 +140,14 @@ class Request:
     def reports_logprobs(self) -> bool:
         """Whether `logprobs` has one per token of the output."""
         return self.sampling.logprobs is not None
+
+    def trace(self) -> EntropyTrace | None:
+        """The trace of the output, where asked for."""
+        top_k = self.sampling.entropy_top_k
+        if top_k is None:
+            return None
+        entropies, nlls = zip(*self.uncertainty, strict=True) if self.uncertainty else ((), ())
+        return EntropyTrace(top_k=top_k, entropies=entropies, nlls=nlls)
 
     def tokens(self, start: int, count: int) -> list[int]:
         """Known tokens `start .. start + count`."""

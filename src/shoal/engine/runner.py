@@ -259,6 +259,8 @@ class Runner:
             request.output.append(one.token)
             if one.logprobs is not None:
                 request.logprobs.append(one.logprobs)
+            if one.uncertainty is not None:
+                request.uncertainty.append(one.uncertainty)
             token_ids += (one.token,)
             text += request.text.push([one.token])
         reason = request.finish_reason()
@@ -300,6 +302,7 @@ class Runner:
             ledger=ledger,
             past_horizon=past_horizon,
             plan=request.plan,
+            trace=request.trace(),
             drafting=None if request.draft is None else request.draft_stats,
             error=error,
             labels=request.findings.labels if request.findings else None,

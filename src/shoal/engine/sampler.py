@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from shoal.engine.drafting import Draft, DrawnTokens
+from shoal.engine.entropy import TopK, token_uncertainty
 from shoal.engine.request import Request, TokenLogprobs
 from shoal.engine.sampling import Sampling, uniform_noise
 from shoal.errors import RequestFailed
@@ -29,6 +30,8 @@ class Sampled(NamedTuple):
     token: int
     logprobs: TokenLogprobs | None
     """Where the request asks for them."""
+    uncertainty: tuple[float, float] | None = None
+    """Entropy and negative log-probability, in nats, where the request asks for its trace."""
 
 
 def sample(logits: Tensor, requests: Sequence[Request]) -> list[Sampled | RequestFailed]:
@@ -50,6 +53,7 @@ def verify(
     """
     best, finite = greedy(logits)
     tokens: list[list[Sampled | RequestFailed]] = []
+    traced: dict[TopK, list[tuple[list[Sampled | RequestFailed], int, int]]] = {}
     first = 0
     for request, draft in zip(requests, drafts, strict=True):
         taken: list[Sampled | RequestFailed] = []
@@ -60,6 +64,8 @@ def verify(
             row, proposal = first + at, draft.proposal(at) if draft else None
             one = next_token(logits[row], best[row], finite[row], request, ahead, proposal)
             taken.append(one)
+            if request.sampling.entropy_top_k is not None and isinstance(one, Sampled):
+                traced.setdefault(request.sampling.entropy_top_k, []).append((taken, len(taken) - 1, row))
             if draft is None or isinstance(one, RequestFailed) or one.token in request.stop_token_ids:
                 break
             if text:  # a stop string may end in the middle of the draft
@@ -70,7 +76,26 @@ def verify(
             at = draft.child(at, one.token)
         tokens.append(taken)
         first += 1 + (len(draft.tokens) if draft else 0)
+    for top_k, places in traced.items():
+        note_uncertainty(logits, places, top_k)
     return tokens
+
+
+def note_uncertainty(
+    logits: Tensor, places: Sequence[tuple[list[Sampled | RequestFailed], int, int]], top_k: TopK
+) -> None:
+    """Add to tokens how unsure the model was, all of them in one go: each is given as its list, its place there, and its row of
+    logits [rows, V]."""
+    rows = [row for _, _, row in places]
+    if len(rows) < len(logits):
+        logits = logits[rows]
+    tokens = [taken[place] for taken, place, _ in places]
+    token_ids = [one.token for one in tokens if isinstance(one, Sampled)]
+    for (taken, place, _), one, uncertainty in zip(
+        places, tokens, token_uncertainty(logits, token_ids, top_k), strict=True
+    ):
+        assert isinstance(one, Sampled)
+        taken[place] = one._replace(uncertainty=uncertainty)
 
 
 def next_token(

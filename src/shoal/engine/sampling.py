@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from shoal.engine.entropy import TopK
 from shoal.errors import InvalidInput
 
 LogitsProcessor = Callable[[list[int], Tensor], Tensor]
@@ -53,6 +54,9 @@ class Sampling:
     """Report log-probabilities of the chosen token and of this many most probable ones, from logits as the model gave them."""
     prompt_logprobs: int | None = None
     """The same of the prompt's tokens from the second on, by the layers that the prompt runs."""
+    entropy_top_k: TopK | None = None
+    """Report the entropy trace (`shoal.engine.entropy`): per token the entropy over this many most probable tokens, or over all
+    with "full", and the emitted token's negative log-probability, from logits as the model gave them. 20 is what is usual."""
     processor: LogitsProcessor | None = None
     """The user's own change of the logits, after penalties and bias, before temperature."""
 
@@ -87,6 +91,10 @@ class Sampling:
             "seed": (0 <= self.seed < 2**64, "0 to 2**64 - 1"),
             "n": (self.n >= 1, "1 or more"),
             "logprobs": (self.logprobs is None or self.logprobs >= 0, "0 or more"),
+            "entropy_top_k": (
+                self.entropy_top_k in (None, "full") or (type(self.entropy_top_k) is int and self.entropy_top_k >= 1),
+                "1 or more, or 'full'",
+            ),
             "prompt_logprobs": (self.prompt_logprobs is None or self.prompt_logprobs >= 0, "0 or more"),
         }
         for name, (holds, allowed) in rules.items():

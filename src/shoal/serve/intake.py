@@ -245,6 +245,7 @@ class Intake:
                     n=body.n,
                     logprobs=logprobs,
                     prompt_logprobs=prompt_logprobs,
+                    entropy_top_k=20 if body.entropy else None,
                     processor=processor,
                 )
             except InvalidInput as error:

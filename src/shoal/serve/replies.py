@@ -93,6 +93,7 @@ class Reply:
         prompt_tokens, new_tokens = sum(map(len, self.job.prompts)), sum(len(one.token_ids) for one in done)
         ledger = reduce(add, (one.ledger for one in done), Ledger())
         drafted = [one.drafting for one in done if one.drafting is not None]
+        traces = [one.trace.to_dict() for one in done if one.trace is not None]
         return {
             "prompt_tokens": prompt_tokens,
             "completion_tokens": new_tokens,
@@ -101,7 +102,8 @@ class Reply:
             | {
                 "past_horizon": any(one.past_horizon for one in done),
                 "seconds": round(time.monotonic() - self.began, 4),
-            },
+            }
+            | ({"traces": traces} if traces else {}),
         }
 
     def _failure(self, done: Generation) -> ApiError | None:

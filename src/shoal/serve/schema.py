@@ -113,6 +113,9 @@ class Generate(Depth):
     repetition_penalty: float = Field(1.0, ge=0.01, le=100)
     min_tokens: int = Field(0, ge=0)
     ignore_eos: bool = False
+    entropy: bool = Field(
+        False, description="The entropy trace of each completion over the top 20 tokens, in usage.shoal.traces."
+    )
     service_tier: Literal["auto", "default"] = Field("auto", description="There is one: others are refused.")
 
     @model_validator(mode="after")
