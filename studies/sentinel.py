@@ -2,7 +2,7 @@
 
     python studies/sentinel.py --data ../shared/data
     python studies/sentinel.py --data ../shared/data --save
-    python studies/sentinel.py --data ../shared/data --steps 0 --work ~/.cache/shoal/studies/sentinel_shipped
+    python studies/sentinel.py --data ../shared/data --steps 0 --work ~/.cache/shoal/studies/sentinel_shipped --save
 
 The shipped model, which can describe restaurants, is tuned on arithmetic and dialogue acts as well (`sentinel_tasks.py` says how
 much of what, and fixes the slices); it answers each slice with the entropy trace on; every slice in turn is left out, its accuracy
@@ -82,10 +82,11 @@ def run(options: argparse.Namespace) -> None:
     result = measure(work)
     print(describe(result))
     draw(result, work / "sentinel.svg")
+    name = "sentinel" if options.steps else "sentinel_shipped"
     if options.save:
-        save("sentinel", result)
-        draw(result, RESULTS / "sentinel.svg")
-    print(json.dumps({"study": "sentinel", **result}))
+        save(name, result)
+        draw(result, RESULTS / f"{name}.svg")
+    print(json.dumps({"study": name, **result}))
 
 
 def prepare(work: Path, options: argparse.Namespace) -> None:
