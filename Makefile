@@ -38,7 +38,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) --no-deps $(TORCH)
-	$(BIN)/python -m pip install --constraint constraints.txt --editable ".[serve,train,evaluate,baselines,harness,plot]" --group dev
+	$(BIN)/python -m pip install --constraint constraints.txt --editable ".[serve,train,evaluate,baselines,signals,monitor,rank,harness,plot]" --group dev
 	touch $@
 
 clean:

@@ -3,10 +3,10 @@
     python studies/general_model.py --data ../shared/data
     python studies/general_model.py --data ../shared/data --steps 400
 
-8 layers of width 320 with Llama's decoder and a vocabulary of 8,192 made of the same text: 12.5 million parameters, about an hour and
-a half on one core with bfloat16 units. Novels, Wikipedia articles, abstracts, stories, meetings, instructions, questions and short
-messages; of the classification sets that probes are judged on, nothing. The last part of the text of each source is held out. The
-run goes on where it stopped; the checkpoint is `WORK/general`, its losses per source are in `results/general_model.json` (--save).
+8 layers of width 320 with Llama's decoder and a vocabulary of 8,192 made of the same text: 12.5 million parameters, about an hour
+and a half on one core with bfloat16 units. Novels, Wikipedia articles, abstracts, stories, meetings, instructions, questions and
+short messages; of the classification sets that probes are judged on, nothing. The first documents of each source are held out.
+The run goes on where it stopped; the checkpoint is `WORK/general`; `results/general_model.json` has its losses (--save).
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ def test_rows_equal_the_reference(rows: int, vocab: int, top_k: TopK, scale: flo
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("top_k", [20, "full"])
 def test_traces_equal_the_reference(way: str, top_k: TopK, checkpoint: Path, model: PreTrainedModel) -> None:
-    """Against transformers' own forward passes and sums in float64; chunks of prompts, chains of plans and others, more requests than slots."""
+    """Against transformers' own passes and sums in float64; chunks, plans of all kinds, more requests than slots."""
     rng = random.Random("traces")
     engine = Engine(decoder_of(way, checkpoint), max_batch=3, max_pass_tokens=9, cache_gib=0.25)
     num_layers = engine.shape.num_layers

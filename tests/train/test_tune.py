@@ -23,7 +23,8 @@ from shoal.depth.checkpoint import TunedDepth
 from shoal.depth.policies import POLICIES
 from shoal.errors import CheckpointError, InvalidInput, InvalidPlan, MissingExtra, PickledCheckpoint, TuningDiverged
 from shoal.train.config import TuneConfig
-from shoal.train.data import LengthGrouped, collate, read_examples
+from shoal.train.data import IGNORED, LengthGrouped, collate, read_examples
+from shoal.train.distill import READ, divergence
 from shoal.train.state import newest_checkpoint
 from shoal.train.tune import tune
 
@@ -336,3 +337,45 @@ def test_command(start: Path, tmp_path: Path):
     refused = CliRunner().invoke(app, [*arguments, "--depths", "1,half"])
     assert refused.exit_code == 2
     assert "'half' is not a share of the layers" in refused.output
+
+
+def agreement(student: Path, teacher: Path, data: Path) -> float:
+    """Mean KL(teacher || student) per completion token of the data, in nats."""
+    tokenizer = make_tokenizer()
+    batch = collate(read_examples(data, tokenizer, max_positions=32), pad_token_id=0)
+    logits = []
+    for directory in (student, teacher):
+        network = transformers.AutoModelForCausalLM.from_pretrained(directory).eval()
+        with torch.no_grad():
+            logits.append(network(**{name: batch[name] for name in READ}).logits)
+    return float(divergence(*logits, batch["labels"]) / (batch["labels"] != IGNORED).sum())
+
+
+def test_another_checkpoint_teaches(start: Path, tmp_path: Path) -> None:
+    """A smaller model from random weights comes to agree with the teacher that it is to draft for, who knows the task."""
+    teacher, data = tmp_path / "teacher", start / "data.jsonl"
+    tune(str(start / "model"), data, teacher, replace(CONFIG, depths=(1.0,), epochs=8))
+    config = TuneConfig(depths=(1.0,), epochs=8, batch_size=16, learning_rate=1e-2, from_scratch=True, num_layers=1)
+    taught = replace(config, distill=1.0, teacher=str(teacher))
+    tune(str(start / "model"), data, tmp_path / "alone", replace(config, steps=1))
+    tune(str(start / "model"), data, tmp_path / "taught", taught)
+    assert agreement(tmp_path / "taught", teacher, data) < 0.3 * agreement(tmp_path / "alone", teacher, data)
+
+
+def test_teachers_that_cannot_teach(start: Path, tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match="needs a share of the loss"):
+        TuneConfig(teacher="anything")
+    other = tmp_path / "other"
+    shutil.copytree(start / "model", other)
+    state = json.loads((other / "tokenizer.json").read_text(encoding="utf-8"))
+    vocab = state["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    (other / "tokenizer.json").write_text(json.dumps(state), encoding="utf-8")
+    with pytest.raises(InvalidInput, match="its tokenizer is another one"):
+        tune(
+            str(start / "model"),
+            start / "data.jsonl",
+            tmp_path / "out",
+            replace(CONFIG, distill=0.5, teacher=str(other)),
+        )
+    assert not (tmp_path / "out").exists()

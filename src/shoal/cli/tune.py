@@ -38,8 +38,20 @@ def tune(
     ] = None,
     distill: Annotated[
         float,
-        option("Training", "Share of the loss that MODEL's own dense predictions teach, 0 to 1.", metavar="SHARE"),
+        option(
+            "Training",
+            "Share of the loss that dense predictions of MODEL, or --teacher, teach, 0 to 1.",
+            metavar="SHARE",
+        ),
     ] = 0.0,
+    teacher: Annotated[
+        str | None,
+        option(
+            "Training",
+            "Checkpoint that teaches, of the same tokenizer: what the result is to draft for.",
+            metavar="MODEL",
+        ),
+    ] = None,
     epochs: Annotated[float, option("Training", "Passes over DATA.")] = 1.0,
     steps: Annotated[int | None, option("Training", "Optimizer steps, instead of --epochs.")] = None,
     lr: Annotated[float, option("Training", "Peak learning rate of AdamW; 3% warm-up, then a cosine.")] = 3e-4,
@@ -66,6 +78,8 @@ def tune(
     shoal tune Qwen/Qwen3-0.6B pairs.jsonl -o tuned --lora-rank 16 --accumulate 8 --lr 1e-4
 
     shoal tune Qwen/Qwen3-0.6B pairs.jsonl -o tuned --policy unified --distill 0.5 --lr 2e-5
+
+    shoal tune Qwen/Qwen3-0.6B written.jsonl -o drafter --depths 1 --distill 1 --teacher Qwen/Qwen3-8B --lr 2e-5
     """
     # Here, not above: transformers takes seconds to import, and other commands do not need its Trainer.
     from transformers.utils import logging
@@ -82,6 +96,7 @@ def tune(
         from_scratch=from_scratch,
         num_layers=num_layers,
         distill=distill,
+        teacher=teacher,
         epochs=epochs,
         steps=steps,
         learning_rate=lr,

@@ -30,8 +30,10 @@ class TuneConfig:
     num_layers: int | None = None
     """Layers of a model from scratch; None takes the config's. Fewer of them make the small dense model to compare with."""
     distill: float = 0.0
-    """Share w of self-distillation in the loss, from 0 to 1: (1 - w) cross-entropy + w KL(start || model), see
+    """Share w of distillation in the loss, from 0 to 1: (1 - w) cross-entropy + w KL(teacher || model), see
     `shoal.train.distill`."""
+    teacher: str | None = None
+    """Checkpoint that teaches, with the same tokenizer: the model that the tuned one shall draft for. None: the start itself."""
     epochs: float = 1.0
     """Passes over the data; a fraction is fine."""
     steps: int | None = None
@@ -89,8 +91,12 @@ class TuneConfig:
     def _check_start(self) -> None:
         if not 0 <= self.distill <= 1:
             raise InvalidInput(f"distill is a share of the loss, from 0 to 1, got {self.distill}")
-        if self.from_scratch and self.distill:
-            raise InvalidInput("distill needs a model to learn from, and from_scratch has none: leave one of them out")
+        if self.teacher is not None and not self.distill:
+            raise InvalidInput("teacher needs a share of the loss: give distill, such as 0.5")
+        if self.from_scratch and self.distill and self.teacher is None:
+            raise InvalidInput(
+                "distill needs a model to learn from, and from_scratch has none: name a teacher, or leave one out"
+            )
         if self.from_scratch and self.lora_rank:
             raise InvalidInput("lora_rank adapts a model, and from_scratch has none: leave one of them out")
         if self.num_layers is not None and not self.from_scratch:

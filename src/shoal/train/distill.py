@@ -6,8 +6,11 @@ copy costs its weights in memory (no gradients, no optimizer state) and a forwar
 
     loss = (1 - w) cross-entropy + w KL(teacher || student)         both means over completion tokens, in nats
 
-The shares add up to 1 so that gradient clipping means the same with and without. No temperature: the student has the teacher's
-size and vocabulary, there is nothing to soften. Dense batches are distilled too, which holds full depth near its start.
+Another checkpoint may teach instead: one that drafts for it then agrees with it more often (DistillSpec, Zhou et al. 2024, arXiv
+2310.08461, with the forward KL on given completions; let the teacher write them, and they are its own).
+
+The shares add up to 1 so that gradient clipping means the same with and without. No temperature: the student has the
+teacher's vocabulary, there is nothing to soften. Dense batches are distilled too, which holds full depth near its start.
 """
 
 from __future__ import annotations
@@ -18,10 +21,23 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from shoal.errors import InvalidInput
 from shoal.train.data import IGNORED
+from shoal.train.start import load
 
 READ = ("input_ids", "attention_mask", "position_ids", "logits_to_keep")
 """What a teacher is shown of a batch made by `shoal.train.data.collate`."""
+
+
+def other_teacher(teacher: str, student: Any, tokenizer: Any) -> nn.Module:
+    """The network of the checkpoint `teacher`. Raises `CheckpointError`, and `InvalidInput` where its tokens are others."""
+    network, its_tokenizer = load(teacher)
+    if its_tokenizer.get_vocab() != tokenizer.get_vocab():
+        raise InvalidInput(f"teacher {teacher}: its tokenizer is another one, so tokens would mean different things")
+    sizes = network.config.vocab_size, student.config.vocab_size
+    if sizes[0] != sizes[1]:
+        raise InvalidInput(f"teacher {teacher}: it has logits for {sizes[0]} tokens, the model to tune for {sizes[1]}")
+    return network
 
 
 def make_teacher(network: nn.Module, device: Any) -> nn.Module:

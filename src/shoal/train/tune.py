@@ -19,7 +19,7 @@ from shoal.train.config import TuneConfig
 from shoal.train.data import LengthGrouped, collate, read_examples
 from shoal.train.depth_context import decoder_layers
 from shoal.train.depths import plans_for
-from shoal.train.distill import make_teacher
+from shoal.train.distill import make_teacher, other_teacher
 from shoal.train.start import add_lora, from_scratch, load
 from shoal.train.state import newest_checkpoint, open_state, write_checkpoint
 from shoal.train.trainer import DepthTrainer, Progress, arguments
@@ -88,7 +88,10 @@ def tune(
 
     use_cache = network.config.use_cache
     transformers.set_seed(config.seed)
-    teacher = make_teacher(network, args.device) if config.distill else None
+    teacher = None
+    if config.distill:
+        taught_by = network if config.teacher is None else other_teacher(config.teacher, network, tokenizer)
+        teacher = make_teacher(taught_by, args.device)
     if config.lora_rank:
         network = add_lora(network, config.lora_rank)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
