@@ -68,16 +68,16 @@ def run(options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
     logging.disable_progress_bar()
     work: Path = options.work
-    count = 40 if options.quick else PER_SLICE
+    count = 3 if options.quick else PER_SLICE
     if options.quick:
-        options.steps, options.batch_size = 4, 4
+        options.steps, options.batch_size = min(options.steps, 4), 4
     open_work(work, {"steps": options.steps, "batch_size": options.batch_size, "quick": options.quick})
     if options.steps:
         prepare(work, options)
         train(work, options)
     for temperature in TEMPERATURES:
         answer(work, options, temperature, count)
-    if options.quick:  # an untrained model is wrong everywhere, and a sentinel has nothing to learn
+    if options.quick:  # too few answers for a sentinel to learn from
         return
     result = measure(work)
     print(describe(result))

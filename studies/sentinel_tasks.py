@@ -114,7 +114,7 @@ def training_pairs(data: Path, *, quick: bool) -> Iterator[tuple[str, str]]:
             pairs += [draw_worked(sign, digits, rng) for _ in range(int(share * NUM_WORKED / 2 / some))]
     pairs += [draw_terms(rng.randint(2, MOST_TERMS), rng) for _ in range(NUM_TERMS // some)]
     described = [(one.mr, text) for one in read_e2e(data / "e2e_nlg" / "trainset.csv.gz") for text in one.references]
-    pairs += rng.sample(described, NUM_DESCRIBED)[::some]
+    pairs += rng.sample(described, min(NUM_DESCRIBED, len(described)))[::some]
     for domain, (most, times) in TRAINED_ACTS.items():
         pairs += acts(data, domain, "train")[:most][::some] * times
     rng.shuffle(pairs)

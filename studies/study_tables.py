@@ -16,6 +16,8 @@ import probes
 import ranking
 import recipe_table
 import self_drafting
+import sentinel
+import sentinel_depth
 import suits_order
 from shoal.evaluate import reproduce_tables
 from study import RESULTS, read_json
@@ -32,6 +34,9 @@ DESCRIBE = {
     "self_drafting": self_drafting.describe,
     "probes": probes.describe,
     "ranking": ranking.describe,
+    "sentinel": sentinel.describe,
+    "sentinel_shipped": sentinel.describe,
+    "sentinel_depth": sentinel_depth.describe,
     "reproduction": reproduce_tables.describe,
 }
 

@@ -166,3 +166,42 @@ def test_probes_are_tried_beside_their_baselines(tmp_path: Path) -> None:
     assert "at least pooling on" in printed
     again, _ = run("probes.py", *options)
     assert again["tasks"] == result["tasks"]
+
+
+@pytest.fixture
+def every_set(e2e: Path, tmp_path: Path) -> Path:
+    """Restaurants with all slots, and dialogue acts of four domains, where studies look for them."""
+    data = tmp_path / "data"
+    (data / "e2e_nlg").mkdir(parents=True)
+    values = {
+        "name": ("Zizzi", "The Vaults", "Aromi", "Cocum", "Blue Spice"), "eatType": ("pub", "coffee shop", "restaurant"),
+        "food": ("French", "Italian", "English"), "priceRange": ("cheap", "moderate", "high"),
+        "customer rating": ("low", "average", "high"), "area": ("riverside", "city centre"), "familyFriendly": ("yes", "no"),
+        "near": ("Burger King", "Café Sicilia"),
+    }  # fmt: skip
+    mrs = [", ".join(f"{name}[{some[i % len(some)]}]" for name, some in values.items()) for i in range(30)]
+    rows = [f'"{mr}",Zizzi is a pub.' for mr in mrs]
+    text = "\n".join(["mr,ref", *rows]) + "\n"
+    (data / "e2e_nlg" / "trainset.csv.gz").write_bytes(gzip.compress(text.encode()))
+    for domain in ("restaurant", "laptop", "tv", "hotel"):
+        (data / "rnnlg_dialogue" / domain).mkdir(parents=True)
+        for part in ("train", "test"):
+            names = [f"{part} {'abcdefg'[i % 7] * (1 + i // 7)}" for i in range(40)]
+            acts = [[f"inform(name='{name}')", f"{name} is here", ""] for name in names]
+            body = "# a comment\n" + json.dumps(acts)
+            (data / "rnnlg_dialogue" / domain / f"{part}.json.gz").write_bytes(gzip.compress(body.encode()))
+    return data
+
+
+def test_the_sentinels_answers_stay(every_set: Path, tmp_path: Path) -> None:
+    """A second call asks the model nothing again."""
+    options = ["--data", every_set, "--work", tmp_path, "--steps", "0", "--quick", "--threads", "1"]
+    times = set()
+    for _ in range(2):
+        command = [sys.executable, str(STUDIES / "sentinel.py"), *map(str, options)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        times.add((tmp_path / "traces-0.jsonl").stat().st_mtime_ns)
+    assert len(times) == 1
+    lines = (tmp_path / "traces-0.jsonl").read_text().splitlines()
+    assert len({json.loads(line)["slice"] for line in lines}) == 12
