@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from shoal import Engine, Sampling
 from shoal.draft.control import TRIAL_TOKENS, PassSeconds
+from shoal.draft.drafter import Drafter, slowed
 from shoal.draft.sources import (
+    FORGIVEN_AFTER,
     LAST_RECHECK,
     MOST_SAVED,
     RECHECK,
     SAVED_PER_PASS,
     TRIALS,
+    LookupSource,
     ModelSource,
     slower,
 )
@@ -111,3 +115,35 @@ def test_broken_promises_make_it_wait_longer() -> None:
     source.slowness = 3.0
     lengths_of(source, 1)
     assert source.wait == RECHECK
+
+
+def test_passes_that_verify_are_slowed() -> None:
+    """Only those: 10 s without a draft, 15 with one that is verified, and unknown stays unknown."""
+    seconds = slowed(ten_seconds, 1.5)
+    assert (seconds({}), seconds({0: 0}), seconds({0: 2})) == (10, 10, 15)
+    assert slowed(lambda added: None, 1.5)({0: 2}) is None
+
+
+def test_lookups_whose_steps_take_long_are_left_out_and_forgiven(make_engine: Callable[..., Engine]) -> None:
+    """A text in circles is drafted well. Once such steps are held to take 50 times what was predicted, nothing of it is verified,
+    and the engine believes in it a little more each time."""
+    engine = make_engine(max_batch=1)
+    sampling = Sampling(max_new_tokens=120, ignore_eos=True, logit_bias={5: 100.0})
+
+    def drafted() -> int:
+        (got,) = engine.generate([5, 5, 5, 5], sampling, draft="ngram")
+        assert got.drafting is not None
+        return got.drafting.drafted
+
+    assert drafted() > 50  # what passes cost is learnt here, with drafts and without
+    engine.generate([5, 5, 5, 5], sampling)
+    drafter = engine.runner.drafter
+    assert isinstance(drafter, Drafter)
+    (source,) = drafter._sources.values()
+    assert isinstance(source, LookupSource)
+    source.slowness = 50 * drafter._slowness
+    assert drafted() == 0
+    assert 1 < source.slowness < 50 * drafter._slowness
+    before = source.slowness
+    source.left_out()
+    assert source.slowness == pytest.approx(before - (before - 1) / FORGIVEN_AFTER)

@@ -42,8 +42,6 @@ class Source:
 
     proposer: Lookup | ModelProposer
     acceptance: Acceptance = field(init=False)
-    mean_chance: float = 0.7
-    """Share of its tokens that were accepted, of late."""
     slowness: float = 1.0
     """Seconds of the steps with its drafts over what was predicted, of late."""
 
@@ -57,10 +55,13 @@ class Source:
     def learn(self, proposal: Proposal, token_ids: Sequence[int]) -> None:
         """Hold what was proposed against what came, up to the first difference."""
         for token, evidence, came in zip(proposal.tokens, proposal.evidence, token_ids, strict=False):
-            self.acceptance.learn(evidence, token == came)
-            self.mean_chance += WEIGHT * ((token == came) - self.mean_chance)
+            self.compared(evidence, token == came)
             if token != came:
                 break
+
+    def compared(self, evidence: int, accepted: bool) -> None:
+        """A token with this evidence was held against what came."""
+        self.acceptance.learn(evidence, accepted)
 
 
 @dataclass(eq=False)
@@ -111,6 +112,8 @@ class ModelSource(Source):
     """A proposer whose tokens cost passes."""
 
     proposer: ModelProposer
+    mean_chance: float = 0.7
+    """Share of its tokens that were accepted, of late: what a draft not yet made may count on."""
     saved: float = SAVED_PER_PASS
     """Passes that may go into trials; below 0 where a row of trials took more."""
     trials: int = 0
@@ -121,6 +124,11 @@ class ModelSource(Source):
     """Passes until it is thought of again."""
     patience: int = RECHECK
     """What `wait` begins at: longer each time that it promised to pay and did not for long."""
+
+    def compared(self, evidence: int, accepted: bool) -> None:
+        """As in `Source`."""
+        super().compared(evidence, accepted)
+        self.mean_chance += WEIGHT * (accepted - self.mean_chance)
 
     def go_on(self, evidence: Sequence[int]) -> bool:
         """Whether a draft should have another token: while it may well be right as a whole."""
