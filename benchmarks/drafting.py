@@ -185,7 +185,8 @@ def describe(result: dict[str, Any]) -> str:
         if row["draft"] != "none"
     ]
     case = result["case"]
-    return f"{case['model']}, {case['dtype']}, {case['text']}, batch {case['batch']}\n\n" + table(HEADER, rows)
+    about = f"{case['model']}, {case['dtype']}, {case['text']}, batch {case['batch']}, {result['conditions']['cpu']}"
+    return f"{about}\n\n" + table(HEADER, rows)
 
 
 def shipped_prompts(engine: Engine, count: int) -> list[list[int]]:
