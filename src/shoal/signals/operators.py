@@ -49,9 +49,12 @@ def attend(qkv: Tensor, out: Tensor, mask: Tensor, *, heads: int, pooling: Pooli
     Args: qkv [..., N, 3 h]: the down-cast queries, keys and values; out [..., h, d]; mask bool [..., N]. Returns [..., d].
     """
     *lead, num_rows, width = qkv.shape
-    q, k, v = qkv.view(*lead, num_rows, 3, heads, width // (3 * heads)).movedim(-3, 0).transpose(-3, -2)
-    attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[..., None, None, :])
-    rows = attended.transpose(-3, -2).flatten(-2)
+    # One batch dimension: with more of them PyTorch takes the slow way, which writes every score to memory.
+    by_head = qkv.reshape(-1, num_rows, 3, heads, width // (3 * heads))
+    q, k, v = by_head.movedim(-3, 0).transpose(-3, -2)
+    there = mask.expand(*lead, num_rows).reshape(-1, 1, 1, num_rows)
+    attended = F.scaled_dot_product_attention(q, k, v, attn_mask=there)
+    rows = attended.transpose(-3, -2).reshape(*lead, num_rows, width // 3)
     if pooling == "mean":  # of the narrow rows: the product with `out` is linear
         return (pool(rows, mask, "mean").unsqueeze(-2) @ out).squeeze(-2)
     return pool(rows @ out, mask, "max")
