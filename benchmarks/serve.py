@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -27,9 +27,11 @@ from typing import Any
 from gates import print_gates
 from machine import conditions
 from models import MODELS, random_checkpoint
+from peers.client import Absent
+from peers.servers import SERVERS, PeerServer, started
 from report import interleaved, paired, parser, print_json, rounded, save, spread
 from samples import workplace
-from serve_process import ServerProcess
+from serve_process import MODEL, ServerProcess
 from serve_rounds import DENSE, Rounds, Sample, Variant, beside_forecast
 from serve_tables import describe
 
@@ -50,22 +52,30 @@ VARIANTS = {
 
 
 def measure(
-    one_round: Rounds, variants: dict[str, Variant], load: str, target: dict[str, float], options: argparse.Namespace
+    one_round: Rounds,
+    variants: dict[str, Variant],
+    peers: Sequence[PeerServer],
+    load: str,
+    target: dict[str, float],
+    options: argparse.Namespace,
 ) -> dict[str, Any]:
-    """All variants under one load, by turns."""
+    """All variants and peers under one load, by turns."""
     runs: dict[str, Callable[[], Sample]] = {}
     about: dict[str, Any] = {}
     if load == SATURATED:
         runs = {label: partial(one_round.saturated, one, fillings=options.fillings) for label, one in variants.items()}
+        runs |= {peer.name: partial(one_round.peer_saturated, peer, fillings=options.fillings) for peer in peers}
         rounds = options.rounds
     else:
         rate_per_s, rounds = float(load) * one_round.capacity_per_s(), options.load_rounds
         requests = 4 if options.quick else max(options.slots, round(rate_per_s * options.load_s))
+        how = partial(dict, rate_per_s=rate_per_s, requests=requests)
         runs = {
-            label: partial(
-                one_round.loaded, one, rate_per_s=rate_per_s, requests=requests, seeds=list(range(1, rounds + 1))
-            )
+            label: partial(one_round.loaded, one, **how(seeds=list(range(1, rounds + 1))))
             for label, one in variants.items()
+        }
+        runs |= {
+            peer.name: partial(one_round.peer_loaded, peer, **how(seeds=list(range(1, rounds + 1)))) for peer in peers
         }
         about = {"rate_per_s": rounded(rate_per_s)}
     samples: dict[str, list[Sample]] = {label: [] for label in runs}
@@ -75,13 +85,14 @@ def measure(
             samples[label] += timed
         if time.monotonic() - began > options.most_s:
             break
-    rows = [one_round.row(label, samples[label], target) for label in variants]
+    rows = [one_round.row(label, samples[label], target) for label in runs]
     if load == SATURATED:
         dense = [one.seconds for one in samples["dense"]]
         for row in rows:
             ours = samples[row["variant"]]
             row["speedup"] = paired(dense, [one.seconds for one in ours])
-            row["pass_share"] = spread([one.pass_share or 0 for one in ours])
+            if row["variant"] in variants:
+                row["pass_share"] = spread([one.pass_share or 0 for one in ours])
             row |= beside_forecast(
                 ours, fillings=options.fillings, slots=options.slots, new_tokens=one_round.new_tokens
             )
@@ -98,6 +109,7 @@ def measure(
         **about,
         "target": target,
         "pass_relative_error": rounded(state["relative_error"] or 0),
+        "peers": [{"peer": peer.name, "version": peer.version} for peer in peers],
         "variants": rows,
     }
     return run
@@ -114,6 +126,7 @@ def main() -> None:
     options.add_argument("--load-rounds", type=int, default=2, help="rounds of Poisson arrivals")
     options.add_argument("--load-s", type=float, default=12, help="seconds of arrivals in a round")
     options.add_argument("--most-s", type=float, default=math.inf, help="begin no round of a load after so long")
+    options.add_argument("--peers", nargs="*", default=(), choices=SERVERS, help="see peers/README.md")
     options.add_argument("--keep", type=Path, help="keep the checkpoint in this directory")
     chosen = options.parse_args()
     if chosen.quick:
@@ -123,6 +136,14 @@ def main() -> None:
         checkpoint = random_checkpoint(chosen.model, directory, words=True)
         sizes = {"slots": chosen.slots, "threads": chosen.threads}
         variants = {label: VARIANTS[label] for label in chosen.variants}
+        peers = []
+        for name in chosen.peers:
+            about = {"model": MODEL, "cache": checkpoint.parent / "peers", **sizes}
+            peer = stack.enter_context(started(name, checkpoint, chosen.dtype, **about))
+            if isinstance(peer, Absent):
+                print(f"{peer.name} is absent: {peer.reason}")
+            else:
+                peers.append(peer)
         server = stack.enter_context(ServerProcess(checkpoint, chosen.dtype, **sizes))
         prompt_tokens, new_tokens = (4, 8) if chosen.quick else (PROMPT_TOKENS, NEW_TOKENS)
         one_round = Rounds(
@@ -135,8 +156,14 @@ def main() -> None:
         target = one_round.alone()
         for variant in variants.values():  # what passes cost is learnt here
             one_round.saturated(variant, fillings=1)
+        for peer in tuple(peers):
+            try:
+                one_round.peer_saturated(peer, fillings=1)
+            except RuntimeError as error:
+                print(f"{peer.name} is absent: {error}")
+                peers.remove(peer)
         for load in chosen.loads:
-            run = measure(one_round, variants, load, target, chosen)
+            run = measure(one_round, variants, peers, load, target, chosen)
             print(describe(run), end="\n\n", flush=True)
             if chosen.save:
                 save("serve", [run])

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from http_load import Answer, Target, arrivals, closed_loop, open_loop
 from models import random_prompts
+from peers.servers import PeerServer
 from report import paired, rounded, spread
 from serve_process import MODEL, ServerProcess
 
@@ -71,19 +72,26 @@ class Rounds:
         """Requests at the variant's depths by turns."""
 
         def body(number: int) -> bytes:
-            asked = {
-                "model": MODEL,
-                "prompt": self.prompts[number % NUM_PROMPTS],
-                "max_tokens": self.new_tokens,
-                "depth": variant.depths[number % len(variant.depths)],
-                "temperature": 0,
-                "ignore_eos": True,
-                "stream": True,
-                "stream_options": {"include_usage": True},
-            }
-            return json.dumps(asked).encode()
+            return self._body(number, depth=variant.depths[number % len(variant.depths)])
 
         return Target(port=self.server.port, body=body, new_tokens=self.new_tokens)
+
+    def _body(self, number: int, **ours: Any) -> bytes:
+        """JSON of a request."""
+        asked = {
+            "model": MODEL,
+            "prompt": self.prompts[number % NUM_PROMPTS],
+            "max_tokens": self.new_tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        return json.dumps(asked | ours).encode()
+
+    def peer_target(self, server: PeerServer) -> Target:
+        """The same requests of another engine's server, which knows every layer only."""
+        return Target(port=server.port, body=self._body, new_tokens=self.new_tokens)
 
     def alone(self) -> dict[str, float]:
         """What a dense request takes alone, and the target that follows."""
@@ -130,6 +138,25 @@ class Rounds:
         times = arrivals(rate_per_s, requests, seeds.pop(0))
         began = time.perf_counter()
         answers = asyncio.run(open_loop(self.target(variant), times))
+        return Sample(answers=answers, seconds=time.perf_counter() - began, arrivals_s=times[-1])
+
+    def peer_saturated(self, server: PeerServer, *, fillings: int) -> Sample:
+        """The closed loop on another engine's server."""
+        slots = self.slots
+        with server:
+            answers, seconds = asyncio.run(
+                closed_loop(
+                    self.peer_target(server), begins_s=[0] * (2 * slots), warm_up=slots, measured=fillings * slots
+                )
+            )
+        return Sample(answers=answers, seconds=seconds, arrivals_s=seconds)
+
+    def peer_loaded(self, server: PeerServer, *, rate_per_s: float, requests: int, seeds: list[int]) -> Sample:
+        """Poisson arrivals on another engine's server."""
+        times = arrivals(rate_per_s, requests, seeds.pop(0))
+        with server:
+            began = time.perf_counter()
+            answers = asyncio.run(open_loop(self.peer_target(server), times))
         return Sample(answers=answers, seconds=time.perf_counter() - began, arrivals_s=times[-1])
 
     def capacity_per_s(self) -> float:

@@ -88,7 +88,7 @@ def describe(run: dict[str, Any]) -> str:
                 cells += [f"{row['forecast_tokens_per_s']['median']:.0f}", f"{over['median']:.3f}", extent(over)]
             else:
                 cells += ["-", "-", "-"]
-            cells.append(f"{row['pass_share']['median']:.0%}")
+            cells.append(f"{row['pass_share']['median']:.0%}" if "pass_share" in row else "-")
         rows.append(cells)
     header = (*HEADER, *SATURATED_HEADER) if saturated else HEADER
     return heading(run) + "\n\n" + table(header, rows)

@@ -20,6 +20,7 @@ from queue import SimpleQueue
 
 from shoal.engine.engine import Engine
 from shoal.engine.request import Chunk, Generation, Request
+from shoal.models.memory import drop_freed
 from shoal.serve.errors import ApiError
 from shoal.serve.fair import FairShares
 from shoal.serve.metrics import Metrics
@@ -29,6 +30,9 @@ log = logging.getLogger("shoal.serve")
 RECENT = 64
 """Ended requests that the guess of when to come again looks at."""
 LONGEST_RETRY_S = 60
+TRIM_EVERY_S = 20
+"""Requests of all sizes leave a heap full of holes (the automaton of a long regular expression takes megabytes): so often what is free
+in it goes back to the system, which takes some ten milliseconds."""
 Command = Callable[[], None]
 
 
@@ -138,9 +142,13 @@ class Worker:
 
     def _run(self) -> None:
         """Passes while there is work, and sleep while there is none."""
+        trimmed = time.monotonic()
         while self._take_commands():
             if not self.engine.has_work:
                 continue
+            if (now := time.monotonic()) - trimmed > TRIM_EVERY_S:
+                drop_freed()
+                trimmed = now
             began = time.perf_counter()
             try:
                 chunks = self.engine.step()
