@@ -31,7 +31,7 @@ RECENT = 64
 """Ended requests that the guess of when to come again looks at."""
 LONGEST_RETRY_S = 60
 TRIM_EVERY_S = 20
-"""Requests of all sizes leave a heap full of holes (the automaton of a long regular expression takes megabytes): so often what is free
+"""Requests of all sizes leave holes in the heap (the automaton of a long regular expression takes megabytes): so often what is free
 in it goes back to the system, which takes some ten milliseconds."""
 Command = Callable[[], None]
 
