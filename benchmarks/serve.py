@@ -6,8 +6,7 @@
 One server process (`serve_process.py`: what `shoal serve` runs), asked by an asyncio client on the same cores (`http_load.py`): 32
 prompt + 128 new tokens, greedy, streamed, no token ends a request; each request says its depth. Random weights: depth and lengths
 decide the time. *Saturated*: a closed loop of twice as many clients as slots; counted are whole fillings of the slots after one
-that is not. Other loads are Poisson arrivals, in shares of what the step-time model forecasts that the server can do with every
-layer.
+that is not. Other loads are Poisson arrivals, in shares of the requests per second that a closed loop gets with every layer.
 
 A request is good if it keeps to the target: its TTFT is at most 5 and its TPOT at most 2 times those of a request alone with every
 layer (medians). *Goodput* is good requests per second of arrivals.
@@ -57,6 +56,7 @@ def measure(
     peers: Sequence[PeerServer],
     load: str,
     target: dict[str, float],
+    capacity_per_s: float,
     options: argparse.Namespace,
 ) -> dict[str, Any]:
     """All variants and peers under one load, by turns."""
@@ -67,7 +67,7 @@ def measure(
         runs |= {peer.name: partial(one_round.peer_saturated, peer, fillings=options.fillings) for peer in peers}
         rounds = options.rounds
     else:
-        rate_per_s, rounds = float(load) * one_round.capacity_per_s(), options.load_rounds
+        rate_per_s, rounds = float(load) * capacity_per_s, options.load_rounds
         requests = 4 if options.quick else max(options.slots, round(rate_per_s * options.load_s))
         how = partial(dict, rate_per_s=rate_per_s, requests=requests)
         runs = {
@@ -162,8 +162,9 @@ def main() -> None:
             except RuntimeError as error:
                 print(f"{peer.name} is absent: {error}")
                 peers.remove(peer)
+        capacity_per_s = chosen.slots / one_round.saturated(DENSE, fillings=1).seconds
         for load in chosen.loads:
-            run = measure(one_round, variants, peers, load, target, chosen)
+            run = measure(one_round, variants, peers, load, target, capacity_per_s, chosen)
             print(describe(run), end="\n\n", flush=True)
             if chosen.save:
                 save("serve", [run])

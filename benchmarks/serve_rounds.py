@@ -159,11 +159,6 @@ class Rounds:
             answers = asyncio.run(open_loop(self.peer_target(server), times))
         return Sample(answers=answers, seconds=time.perf_counter() - began, arrivals_s=times[-1])
 
-    def capacity_per_s(self) -> float:
-        """Dense requests per second that the step-time model expects of full slots."""
-        seconds: float = self.forecast(DENSE)["seconds"] or 1
-        return self.slots / seconds
-
     def forecast(self, variant: Variant) -> dict[str, Any]:
         """What the step-time model expects of full slots, as of now."""
         sizes = {"prompt_tokens": self.prompt_tokens, "new_tokens": self.new_tokens}

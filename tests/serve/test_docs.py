@@ -57,6 +57,20 @@ def test_every_path_is_in_the_table(address: str) -> None:
             assert f"{path}`" in table, path
 
 
+def test_what_is_said_of_the_soak_is_what_was_measured() -> None:
+    """Numbers of the last section are those of the committed result."""
+    result = json.loads((ROOT / "studies" / "results" / "serve_soak.json").read_text(encoding="utf-8"))
+    said = " ".join(TEXT[TEXT.index("## What it was put through") :].split())
+    growth = result["resident_kib"]["kib_per_minute"]
+    for number in (
+        f"{result['requests']} requests", f"{result['equal_to_alone']} answers",
+        f"{growth['per_minute']:.1f} KiB per minute [{growth['low']:.1f}, {growth['high']:.1f}]",
+        f"{result['sigterm']['accepted']} accepted",
+    ):  # fmt: skip
+        assert number in said, number
+    assert result["wrong"] == []
+
+
 def test_the_docker_file_and_the_docs_say_the_same() -> None:
     """Build arguments that the docs pass are arguments of the file, which ends as a user of its own, with a health check."""
     recipe = (ROOT / "Dockerfile").read_text(encoding="utf-8")
