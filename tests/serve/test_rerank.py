@@ -113,8 +113,8 @@ def test_same_as_without_a_server(address: str, local: LocalModel, changes: dict
         assert spent[name] == getattr(alone.cost, name), name
     assert spent["calls"] <= changes.get("budget", 60)
     assert (spent["finished"], spent["cut_documents"]) == (alone.finished, alone.cut_documents)
-    assert spent["layer_tokens"] == ledger.layer_tokens
-    assert spent["flops"] == ledger.prompt_flops + ledger.decode_flops
+    assert spent["layer_tokens"] == ledger.layer_tokens + ledger.shared_layer_tokens
+    assert spent["flops"] == ledger.prompt_flops + ledger.shared_flops + ledger.decode_flops
 
 
 def test_form(address: str) -> None:

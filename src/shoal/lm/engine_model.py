@@ -40,8 +40,8 @@ from shoal.lm.contract import (
     message_dict,
     tool_dict,
 )
+from shoal.lm.sharing import Tokens, common
 
-Tokens = tuple[int, ...]
 TOOL_CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)
 """How Hermes-style chat templates (Qwen and others) write a call."""
 
@@ -192,11 +192,10 @@ class Reading:
             raise InvalidInput("the prompt has no token that its continuations leave as it is")
         if len(whole) > 1 and all(len(one) == shared + 1 for one in whole):
             labels = Labels(tuple(one[-1] for one in whole))
-            scored = None if shared == border else 1
-            sampling = Sampling(max_new_tokens=1, ignore_eos=True, prompt_logprobs=scored, processor=labels)
+            sampling = scoring(shared - border, labels)
             return cls([whole[0][:shared]], [sampling], labels, [shared - border])
-        sampling = Sampling(max_new_tokens=1, ignore_eos=True, prompt_logprobs=1)
-        return cls(list(whole), [sampling] * len(whole), None, [len(one) - border for one in whole])
+        num_scored = [len(one) - border for one in whole]
+        return cls(list(whole), [scoring(count) for count in num_scored], None, num_scored)
 
     def logprobs(self, done: Sequence[Generation]) -> tuple[float, ...]:
         """Per continuation."""
@@ -207,15 +206,14 @@ class Reading:
         return tuple(read) if self.labels is None else tuple(read[0] + one for one in self.labels.logprobs)
 
 
-def common(sequences: Sequence[Tokens]) -> int:
-    """Length of what all begin with.
-
-    >>> common([(1, 2, 3), (1, 2), (1, 2, 4)])
-    2
-    """
-    first, last = min(sequences), max(sequences)
-    return next(
-        (place for place, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last))
+def scoring(num_tokens: int, labels: Labels | None = None) -> Sampling:
+    """Score the prompt's last `num_tokens`, if any, and what comes after them."""
+    return Sampling(
+        max_new_tokens=1,
+        ignore_eos=True,
+        processor=labels,
+        prompt_logprobs=1 if num_tokens else None,
+        prompt_logprobs_last=num_tokens or None,
     )
 
 

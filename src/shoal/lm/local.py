@@ -12,7 +12,8 @@ from shoal.engine.intake import Plan
 from shoal.engine.request import Generation
 from shoal.engine.sampling import Sampling
 from shoal.errors import LanguageModelError
-from shoal.lm.engine_model import EngineModel, Tokens
+from shoal.lm.engine_model import EngineModel
+from shoal.lm.sharing import Beginning, Tokens
 
 
 class LocalModel(EngineModel):
@@ -26,6 +27,7 @@ class LocalModel(EngineModel):
             plan: depth of generated tokens; scores read prompts only, and a plan without `prompt_layers` does not change them.
         """
         self.plan = Dense() if plan is None else plan
+        self.beginning = Beginning()
         super().__init__(engine, name=name if isinstance(self.plan, Dense) else f"{name} {self.plan}")
 
     @classmethod
@@ -40,8 +42,12 @@ class LocalModel(EngineModel):
         """As in `EngineModel`; raises `LanguageModelError` once the others have ended."""
         if not prompts:
             return
+        most = min(len(one) - 1 - (how.prompt_logprobs_last or 0) for one, how in zip(prompts, samplings, strict=True))
+        shared = self.beginning.num_shared(prompts, most)
         failed: str | None = None
-        for chunk in self.engine.stream([list(prompt) for prompt in prompts], samplings, self.plan):
+        for chunk in self.engine.stream(
+            [list(prompt) for prompt in prompts], samplings, self.plan, shared_tokens=shared
+        ):
             done = chunk.generation
             if done is None:
                 continue

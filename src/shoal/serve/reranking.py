@@ -19,7 +19,8 @@ from shoal.engine.ledger import Ledger
 from shoal.engine.request import Generation, Request
 from shoal.engine.sampling import Sampling
 from shoal.errors import InvalidInput
-from shoal.lm.engine_model import EngineModel, Tokens
+from shoal.lm.engine_model import EngineModel
+from shoal.lm.sharing import Tokens
 from shoal.rank.prompted import LABEL_TOKENS
 from shoal.rank.ranking import RankConfig, Ranking, check_documents, rank_with
 from shoal.serve import schema
