@@ -113,7 +113,7 @@ def test_same_as_without(family: str, way: str, tmp_path: Path) -> None:
     decoder = decoder_of(way, save(tiny_model(family), tmp_path))
     rng = random.Random(f"{family} {way}")
     total = 0
-    for max_pass_tokens, draft in ((2048, None), (24, None), (64, "ngram")):
+    for max_pass_tokens, draft in ((2048, None), (24, None), (64, "ngram"), (200, "self")):
         jobs, shared = jobs_of(rng, decoder.config.shape.num_layers, count=16)
         options = {"max_batch": 5, "max_pass_tokens": max_pass_tokens, "cache_gib": 0.1}
         plain = run(Engine(decoder, **options), jobs, [0] * len(jobs))  # type: ignore[arg-type]
@@ -287,6 +287,29 @@ def test_no_room_at_all(make_engine: Make) -> None:
         ended += [chunk for chunk in engine.step() if chunk.generation]
         engine.runner.cache.check_integrity()
     assert len(ended) == 7
+    assert is_clean(engine)
+
+
+def test_slots_that_are_allocated_whole(make_engine: Make) -> None:
+    """As on CUDA: prefixes take what the slots leave of the budget, and go when slots grow."""
+    slots = 3 * 6 * 4  # 2 and one more, 6 layers, 64 positions
+    for room, kept in ((17, 0), (18, 18), (40, 36)):
+        engine = make_engine(max_batch=2, cache_gib=(slots + room) * BLOCK_GIB)
+        engine.runner.cache.lazy = False
+        for number in range(3):
+            engine.generate([[number, *PREFIX]], ONE, shared_tokens=40)
+        assert engine.runner.cache.kept_blocks == kept
+        if room == 40:
+            with pytest.raises(CacheBudgetExceeded, match="allocates whole"):
+                engine.generate([[5] * 70], ONE)
+        assert is_clean(engine)
+    engine = make_engine(max_batch=2, cache_gib=(2 * slots + 20) * BLOCK_GIB)
+    engine.runner.cache.lazy = False
+    for number in range(2):
+        engine.generate([[number, *PREFIX]], ONE, shared_tokens=40)
+    assert engine.runner.cache.kept_blocks == 36
+    engine.generate([[5] * 70], ONE)
+    assert engine.runner.cache.kept_blocks <= 20
     assert is_clean(engine)
 
 
