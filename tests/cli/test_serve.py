@@ -111,6 +111,7 @@ def test_options_reach_the_server(directory: Path, tmp_path: Path) -> None:
         (["--depth", "1/2", "--plan", "x"], "--depth and --plan"),
         (["--min-depth", "0"], "min_depth"),
         (["--max-queue", "-1"], "max_queue"),
+        (["--max-rank-calls", "0"], "max_rank_calls"),
         (["--max-batch", "0", "--port", "0"], "max_batch"),
         (["--depth", "1/100", "--port", "0"], "warm-up"),
     ],

@@ -59,10 +59,10 @@ class NoDecoder:
             for slot, position, token in zip(*self.tokens_of(layer, work.token_ids.tolist()), strict=True):
                 place = (index, slot)
                 # What it reads is there, and is the request's own: not of a request before it, not of a draft taken back.
-                written = self.written.get(place, 0)
+                assert self.engine is not None
+                written = max(self.written.get(place, 0), int(self.engine.runner.slots.shared_tokens[slot]))
                 assert written >= position, f"{place} reads {position} positions of {written} written"
                 cached = cache.keys[index][slot, 0, :, 0]
-                assert self.engine is not None
                 request = self.engine.runner.slots[slot]
                 known = [*request.prompt, *request.output]
                 count = min(position, len(known))
@@ -141,7 +141,7 @@ class Bookkeeping(RuleBasedStateMachine):
     @initialize(
         max_batch=st.integers(1, 4),
         room=st.integers(0, 12),
-        budget_blocks=st.integers(3 * NUM_LAYERS, 40),
+        budget_blocks=st.integers(3 * NUM_LAYERS, 60),
         seed=st.integers(0, 2**32),
     )
     def start(self, max_batch: int, room: int, budget_blocks: int, seed: int) -> None:
@@ -173,12 +173,18 @@ class Bookkeeping(RuleBasedStateMachine):
         timeout_s=st.none() | st.integers(1, 30),
         poisoned=st.sampled_from([False] * 7 + [True]),
         draft=st.sampled_from([None, "random"]),
+        shared_tokens=st.sampled_from([0, 0, 1, 16, 33, 33]),
     )
     def submit(
-        self, prompt_tokens: int, max_new_tokens: int, timeout_s: int | None, poisoned: bool, draft: str | None
-    ) -> None:
+        self, prompt_tokens: int, max_new_tokens: int, timeout_s: int | None, poisoned: bool, draft: str | None,
+        shared_tokens: int,
+    ) -> None:  # fmt: skip
         plan = random_plan(self.rng, NUM_LAYERS, prompt_tokens=prompt_tokens, max_new_tokens=max_new_tokens)
         prompt = [self.rng.randrange(POISON) for _ in range(prompt_tokens - 1)] + [POISON if poisoned else 1]
+        shared_tokens = min(shared_tokens, prompt_tokens - 1)
+        if shared_tokens and self.rng.random() < 0.75:  # so that some have the same prefix
+            plan = DepthPlan(plan.cutoffs)
+        prompt[:shared_tokens] = [place % POISON for place in range(shared_tokens)]
         needed = plan.cost(SHAPE, prompt_tokens=prompt_tokens, new_tokens=max_new_tokens).peak_cache_blocks
         if draft:
             ahead = future_blocks(plan, prompt_tokens, max_new_tokens, MAX_DRAFT_TOKENS)
@@ -191,7 +197,9 @@ class Bookkeeping(RuleBasedStateMachine):
             ):
                 self.engine.add(prompt, ask, plan, draft=draft)
             return
-        (request_id,) = self.engine.add(prompt, ask, plan, draft=draft, timeout_s=timeout_s)
+        (request_id,) = self.engine.add(
+            prompt, ask, plan, draft=draft, timeout_s=timeout_s, shared_tokens=shared_tokens
+        )
         self.plans[request_id] = (plan, prompt_tokens)
         self.may_be[request_id] = {"error"} if poisoned else {"stop", "length"}
         if timeout_s is not None:
@@ -229,9 +237,10 @@ class Bookkeeping(RuleBasedStateMachine):
             assert self.decoder.num_tokens[-1] <= self.max_pass_tokens
 
     def watch_admission(self) -> None:
-        """First come, first served: whoever has been admitted came before everyone who still waits."""
-        waiting = [request.request_id for request in self.engine.runner.scheduler.waiting]
-        assert waiting == sorted(waiting)
+        """First come, first served: whoever has been admitted came before everyone who still waits, unless it is for a prefix."""
+        line = self.engine.runner.scheduler.waiting
+        assert [request.request_id for request in line] == sorted(request.request_id for request in line)
+        waiting = [request.request_id for request in line if not request.shared_tokens]
         running = [self.engine.runner.slots[slot].request_id for slot in self.engine.runner.slots.running]
         if waiting and running:
             assert max(running) < min(waiting)
@@ -245,7 +254,9 @@ class Bookkeeping(RuleBasedStateMachine):
         cache.check_integrity()
         assert set(cache.free_slots).isdisjoint(slots.running)
         assert len(cache.free_slots) + len(slots.running) == cache.num_slots
-        assert slots.reserved_blocks() <= self.budget_blocks
+        assert slots.reserved_blocks() + cache.kept_blocks <= self.budget_blocks
+        made = runner.prefixes.made()
+        assert cache.kept_blocks == sum(len(one.layers) * blocks(one.num_tokens) for one in made)
         for slot in slots.running:
             request = slots[slot]
             plan, prompt_tokens = self.plans[request.request_id]
@@ -278,7 +289,12 @@ class Bookkeeping(RuleBasedStateMachine):
             assert generation.finish_reason in allowed, (request_id, generation)
         assert not self.drafter.running
         cache = self.engine.runner.cache
+        assert cache.blocks_in_use == cache.kept_blocks
+        for prefix in self.engine.runner.prefixes.made():
+            assert not prefix.references.any()
+        self.engine.drop_prefixes()
         assert cache.blocks_in_use == 0
+        assert len(self.engine.runner.prefixes) == 0
         assert sorted(cache.free_slots) == list(range(cache.num_slots))
 
 

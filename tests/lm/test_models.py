@@ -16,7 +16,7 @@ import pytest
 from shoal import Dense, Sampling, SkipDecode
 from shoal.errors import InvalidInput, LanguageModelError, NoLogprobs
 from shoal.lm import ChatJob, Decoding, GenerateJob, LocalModel, Message, ScoreJob, Tool, load_model
-from shoal.lm.local import parse_calls
+from shoal.lm.engine_model import parse_calls
 from shoal.lm.remote import RemoteLimits, RemoteModel
 
 PROMPTS = ["the shoal turns", "as one", "a fish"]

@@ -40,8 +40,8 @@ def test_the_description_names_every_path(url: str) -> None:
     with urlopen(f"{url}/openapi.json") as answer:
         described = json.load(answer)
     assert set(described["paths"]) == {
-        "/v1/completions", "/v1/chat/completions", "/v1/plan", "/v1/chat/plan", "/v1/score", "/v1/models", "/v1/models/{name}",
-        "/tokenize", "/detokenize", "/health", "/ready", "/metrics",
+        "/v1/completions", "/v1/chat/completions", "/v1/plan", "/v1/chat/plan", "/v1/score", "/v1/rerank", "/v1/models",
+        "/v1/models/{name}", "/tokenize", "/detokenize", "/health", "/ready", "/metrics",
     }  # fmt: skip
     schemas = described["components"]["schemas"]
     assert schemas["Completion"]["properties"]["model"]["enum"] == ["tiny"]

@@ -40,6 +40,8 @@ class KVCache:
         self.budget_blocks = budget_bytes // self.bytes_per_block
         self.free_slots = list(range(num_slots))
         self.num_blocks = np.zeros((num_slots, shape.num_layers), dtype=np.int64)
+        self.kept_blocks = 0
+        """Blocks' worth of keys and values that stand beside the slots (`prefixes.py`)."""
         self.max_positions = 0
         self.lazy = device.type == "cpu" and hasattr(mmap, "MADV_DONTNEED")  # Windows has no madvise
         self._arenas: dict[int, mmap.mmap] = {}
@@ -55,8 +57,8 @@ class KVCache:
 
     @property
     def blocks_in_use(self) -> int:
-        """Blocks held by all slots in all layers."""
-        return int(self.num_blocks.sum())
+        """Blocks held by all slots in all layers, and beside them."""
+        return int(self.num_blocks.sum()) + self.kept_blocks
 
     @property
     def bytes_in_use(self) -> int:
@@ -85,8 +87,13 @@ class KVCache:
 
     def fits_slots(self, num_positions: int) -> bool:
         """Whether slots of `num_positions` stay within the budget where they are allocated whole (not on CPUs)."""
+        return self.committed_blocks(0, num_positions) <= self.budget_blocks
+
+    def committed_blocks(self, reserved: int, num_positions: int) -> int:
+        """Blocks of the budget that requests take: those `reserved` for them, or slots of `num_positions` where they are allocated
+        whole (not on CPUs)."""
         whole = (self.num_slots + 1) * self.shape.num_layers * self._blocks_per_slot(num_positions)
-        return self.lazy or whole <= self.budget_blocks
+        return reserved if self.lazy else max(reserved, whole)
 
     def acquire(self) -> int:
         """Take a free slot, the lowest, so that rows which run together lie together."""

@@ -160,6 +160,7 @@ class Engine:
         *,
         draft: Drafting | Sequence[Drafting] = None,
         probes: Probes = None,
+        shared_tokens: int | Sequence[int] = 0,
         timeout_s: float | None = None,
     ) -> list[Generation]:
         """Complete prompts.
@@ -172,12 +173,17 @@ class Engine:
                 of a smaller checkpoint with the same tokenizer, or a class of `shoal.draft`; None is not at all.
             probes: what classifies the prompts from the states of the pass that reads them: probes, files of probes, or `Guard`s,
                 which may end a request there; or what `observer` made of those.
+            shared_tokens: how many of the prompt's first tokens other prompts begin with, too, or one number per prompt: they are
+                computed once and kept for later calls, the tokens stay the same (`engine/prefixes.py`). Routers, attention probes
+                and scores of those tokens have to see all of them: such requests compute them anew.
             timeout_s: seconds from now after which unfinished requests end with `finish_reason="timeout"`.
 
         Returns one `Generation` per prompt in order (`Sampling.n` in a row where more than one is asked for). Raises
         `InvalidInput` before anything runs; a request that fails alone comes back with `finish_reason="error"`.
         """
-        chunks = self._submit(prompts, sampling, plan, draft, probes, timeout_s=timeout_s, streaming=False)
+        chunks = self._submit(
+            prompts, sampling, plan, draft, probes, shared_tokens, timeout_s=timeout_s, streaming=False
+        )
         done = [chunk.generation for chunk in chunks if chunk.generation is not None]
         return sorted(done, key=lambda generation: (generation.index, generation.sample))
 
@@ -189,6 +195,7 @@ class Engine:
         *,
         draft: Drafting | Sequence[Drafting] = None,
         probes: Probes = None,
+        shared_tokens: int | Sequence[int] = 0,
         timeout_s: float | None = None,
     ) -> Generator[Chunk, None, None]:
         """Complete prompts and yield what each gains, pass by pass; arguments as for `generate`.
@@ -196,7 +203,7 @@ class Engine:
         The texts of a request's chunks add up to its completion, and its last chunk carries the `Generation`. Requests are
         checked and queued at the call; closing the iterator cancels what is unfinished.
         """
-        return self._submit(prompts, sampling, plan, draft, probes, timeout_s=timeout_s, streaming=True)
+        return self._submit(prompts, sampling, plan, draft, probes, shared_tokens, timeout_s=timeout_s, streaming=True)
 
     async def astream(
         self,
@@ -206,6 +213,7 @@ class Engine:
         *,
         draft: Drafting | Sequence[Drafting] = None,
         probes: Probes = None,
+        shared_tokens: int | Sequence[int] = 0,
         timeout_s: float | None = None,
     ) -> AsyncIterator[Chunk]:
         """`stream` for asyncio: passes run in a worker thread, and concurrent streams share them.
@@ -214,7 +222,9 @@ class Engine:
         """
 
         def follow() -> Generator[Chunk, None, None]:  # queues in the worker thread, too: a pass may be under way
-            yield from self._submit(prompts, sampling, plan, draft, probes, timeout_s=timeout_s, streaming=True)
+            yield from self._submit(
+                prompts, sampling, plan, draft, probes, shared_tokens, timeout_s=timeout_s, streaming=True
+            )
 
         chunks = follow()
         turn = threading.Lock()  # a cancelled task leaves while its pass still runs in the worker thread
@@ -241,6 +251,7 @@ class Engine:
         *,
         draft: Drafting = None,
         probes: Probes = None,
+        shared_tokens: int = 0,
         index: int = 0,
         timeout_s: float | None = None,
         streaming: bool = True,
@@ -250,7 +261,15 @@ class Engine:
         `index` comes back in its chunks; without `streaming`, text is decoded once, at the end.
         """
         requests = self.prepare(
-            prompt, sampling, plan, draft, probes=probes, index=index, timeout_s=timeout_s, streaming=streaming
+            prompt,
+            sampling,
+            plan,
+            draft,
+            probes=probes,
+            shared_tokens=shared_tokens,
+            index=index,
+            timeout_s=timeout_s,
+            streaming=streaming,
         )
         self.submit(requests)
         return [request.request_id for request in requests]
@@ -271,6 +290,11 @@ class Engine:
             unread, self._unread = self._unread, []
             return unread + chunks
 
+    def drop_prefixes(self) -> None:
+        """Let go of the shared prefixes that no waiting request needs; otherwise they go when the cache budget wants room."""
+        with self._lock:
+            self.runner.prefixes.drop()
+
     def cancel(self, request_id: int) -> None:
         """End a request before the next pass, with `finish_reason="cancelled"`. One that has already ended is left alone."""
         with self._lock:
@@ -284,6 +308,7 @@ class Engine:
         draft: Drafting = None,
         *,
         probes: Probes = None,
+        shared_tokens: int = 0,
         index: int = 0,
         timeout_s: float | None = None,
         streaming: bool = True,
@@ -304,6 +329,10 @@ class Engine:
             cache=self.runner.cache,
             draft_tokens=0 if draft is None else MAX_DRAFT_TOKENS,
         )
+        if not 0 <= shared_tokens < len(job.prompt):
+            raise InvalidInput(
+                f"shared_tokens must be 0 to {len(job.prompt) - 1}, one fewer than the prompt has, got {shared_tokens}"
+            )
         observer = self.observer(probes)
         if observer and job.plan.prompt_layers is not None:
             raise InvalidInput(
@@ -327,6 +356,7 @@ class Engine:
                 future_blocks=job.future_blocks,
                 prompt_states=PromptStates(job.router, self.shape, len(job.prompt)) if job.router else None,
                 reading=observer.begin(len(job.prompt)) if observer else None,
+                shared_tokens=shared_tokens,
                 draft=drafter.resolve(draft, len(job.prompt), job.sampling.max_new_tokens) if drafter else None,
             )
             for sample in range(job.sampling.n)
@@ -361,6 +391,7 @@ class Engine:
         plan: Plan | Sequence[Plan] | None,
         draft: Drafting | Sequence[Drafting],
         probes: Probes,
+        shared_tokens: int | Sequence[int],
         *,
         timeout_s: float | None,
         streaming: bool,
@@ -370,11 +401,20 @@ class Engine:
         samplings = one_per_prompt("sampling", sampling, len(listed))
         plans = one_per_prompt("plan", plan, len(listed))
         drafts = one_per_prompt("draft", draft, len(listed))
+        shared = one_per_prompt("shared_tokens", shared_tokens, len(listed))
         observer = self.observer(probes)
         requests: list[Request] = []
-        for index, job in enumerate(zip(listed, samplings, plans, drafts, strict=True)):
+        jobs = zip(listed, samplings, plans, drafts, strict=True)
+        for index, (job, num_shared) in enumerate(zip(jobs, shared, strict=True)):
             try:
-                requests += self.prepare(*job, probes=observer, index=index, timeout_s=timeout_s, streaming=streaming)
+                requests += self.prepare(
+                    *job,
+                    probes=observer,
+                    shared_tokens=num_shared,
+                    index=index,
+                    timeout_s=timeout_s,
+                    streaming=streaming,
+                )
             except InvalidInput as error:
                 raise type(error)(f"prompt {index}: {error}") from error
         mailbox: deque[Chunk] = deque()

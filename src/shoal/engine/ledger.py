@@ -40,6 +40,12 @@ class Ledger:
     """Floating-point operations of those and of their heads, and of a smaller model that drafts."""
     probe_flops: int = 0
     """Floating-point operations of probes that read the prompt; in none of the above."""
+    shared_prompt_tokens: int = 0
+    """Tokens of the prompt that were copied from a prefix which others have too; they are among `prompt_tokens`."""
+    shared_layer_tokens: int = 0
+    """Layer x token products that this spared: with them, `prompt_layer_tokens` are what the plan forecasts."""
+    shared_flops: int = 0
+    """Floating-point operations that it spared, likewise."""
 
     @property
     def mean_layers(self) -> float:
@@ -76,8 +82,11 @@ class Ledger:
         draft_layer_pairs: int = 0,
         draft_heads: int = 0,
         small_model_flops: int = 0,
+        prompt_layers: int = 0,
+        shared_prompt_tokens: int = 0,
     ) -> Ledger:
-        """The ledger of a request that has read `prompt_tokens`, and whose head ran `prompt_heads` times after them; `*_pairs` are
+        """The ledger of a request that has read `prompt_tokens`, of which it found the first `shared_prompt_tokens` computed in
+        `prompt_layers` layers, and whose head ran `prompt_heads` times after them; `*_pairs` are
         (query, key) pairs summed over layers that ran."""
         layers = shape.num_layers
         prompt_pairs, decode_pairs = causal_pairs(0, prompt_tokens), causal_pairs(prompt_tokens, decode_passes)
@@ -100,6 +109,14 @@ class Ledger:
             ),
             dense_decode_flops=flops(
                 shape, layer_tokens=layers * decode_passes, layer_pairs=layers * decode_pairs, heads=decode_passes
+            ),
+            shared_prompt_tokens=shared_prompt_tokens,
+            shared_layer_tokens=prompt_layers * shared_prompt_tokens,
+            shared_flops=flops(
+                shape,
+                layer_tokens=prompt_layers * shared_prompt_tokens,
+                layer_pairs=prompt_layers * causal_pairs(0, shared_prompt_tokens),
+                heads=0,
             ),
             draft_layer_tokens=draft_layer_tokens,
             draft_flops=small_model_flops
@@ -137,6 +154,8 @@ class EngineStats:
     """Bytes that those moved."""
     draft_s: float = 0.0
     """Seconds for drafting: proposing, and deciding how much."""
+    copied_bytes: int = 0
+    """Bytes that copying shared prefixes out of slots and into slots read and wrote; in none of the above."""
     peak_cache_bytes: int = 0
     """Most bytes of cache blocks in use at once."""
 

@@ -67,6 +67,18 @@ class Reading(Protocol):
         ...
 
 
+class SharedReading(Reading, Protocol):
+    """A reading whose observer `shares`."""
+
+    def prefix(self) -> Any:
+        """What has been read so far, for other prompts that begin with the same tokens."""
+        ...
+
+    def go_on(self, prefix: Any) -> None:
+        """Nothing has been read yet: go on after the tokens of that prefix."""
+        ...
+
+
 class Watch(Protocol):
     """An observer at work in one pass."""
 
@@ -81,6 +93,12 @@ class Watch(Protocol):
 
 class Observer(Protocol):
     """Reads the states of prompts. One object serves all requests that ask for the same: a pass shows it each level once."""
+
+    @property
+    def shares(self) -> str | None:
+        """Under which version a reading may go on from what another has read of the same tokens; None for not at all: then prompts
+        are read whole."""
+        ...
 
     def begin(self, prompt_tokens: int) -> Reading:
         """A reading for a prompt of so many tokens. Raises `InvalidInput` where it reads none of that length."""

@@ -22,26 +22,39 @@ def score_prompts(logits: Tensor, rows: Sequence[tuple[Request, int, int]], num_
     """Note what a pass says of prompts that are scored. Running a pass again notes the same.
 
     Args: `logits` [sum of num_logits, V]; `rows`: each row's request, the position of its first token, and its number of tokens
-    without drafted ones; `num_logits` per row.
+    without drafted ones; `num_logits` per row, of its last tokens.
 
     Returns the logits that choose tokens.
     """
     choosing: list[Tensor] = []
     for (request, start, count), its_logits in zip(rows, torch.split(logits, list(num_logits)), strict=True):
-        if not scores_prompt(request, start):
+        if not (num_scoring := num_scored(request, start, count)):
             choosing.append(its_logits)
             continue
-        following = request.prompt[start + 1 : start + 1 + count]
-        num_top = request.sampling.prompt_logprobs
+        begin = start + count - num_scoring
+        following = request.prompt[begin + 1 : start + 1 + count]
+        num_top, first = request.sampling.prompt_logprobs, request.first_scored
         assert num_top is not None
-        request.prompt_logprobs[start:] = row_logprobs(its_logits[: len(following)].float(), following, num_top)
+        assert first is not None
+        request.prompt_logprobs[begin - first :] = row_logprobs(
+            its_logits[: len(following)].float(), following, num_top
+        )
         choosing.append(its_logits[len(following) :])
     return torch.cat(choosing)
 
 
-def scores_prompt(request: Request, start: int) -> bool:
-    """Whether a row whose first token stands at position `start` is scored."""
-    return request.sampling.prompt_logprobs is not None and start < len(request.prompt)
+def num_scored(request: Request, start: int, count: int) -> int:
+    """After how many last tokens of a row, of `count` from position `start` on, scoring wants logits."""
+    first = request.first_scored
+    if first is None or start >= len(request.prompt):
+        return 0
+    return min(count, max(0, start + count - first))
+
+
+def scores_much(request: Request) -> bool:
+    """Whether more is scored than a pass may take."""
+    first = request.first_scored
+    return first is not None and len(request.prompt) - first > MAX_CHUNK_TOKENS
 
 
 def row_logprobs(logits: Tensor, token_ids: Sequence[int], num_top: int) -> list[TokenLogprobs]:

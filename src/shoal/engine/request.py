@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,9 @@ from shoal.engine.routing import PromptStates
 from shoal.engine.sampling import Sampling
 from shoal.engine.text import TextStream
 from shoal.errors import RequestFailed
+
+if TYPE_CHECKING:
+    from shoal.engine.prefixes import Prefix
 
 FinishReason = Literal["stop", "length", "blocked", "cancelled", "timeout", "error"]
 
@@ -50,7 +53,8 @@ class Generation:
     logprobs: tuple[TokenLogprobs, ...] | None
     """One per token where asked for."""
     prompt_logprobs: tuple[TokenLogprobs, ...] | None
-    """One per token of the prompt from the second on, where asked for; fewer where it ended before it was read."""
+    """One per token of the prompt from the second on, or of its last ones, where asked for; fewer where it ended before it was
+    read."""
     ledger: Ledger
     """What it cost."""
     past_horizon: bool
@@ -114,6 +118,10 @@ class Request:
     """Where a router decides: what it will read."""
     reading: Reading | None = None
     """Where probes read the prompt: what they have read."""
+    shared_tokens: int = 0
+    """Leading tokens of its prompt that other prompts begin with, too, and that it need not compute itself."""
+    prefix: Prefix | None = None
+    """Those tokens, while it waits for them or computes them for all."""
     priority: float = 0.0
     """Among waiting requests the lowest enters first, and of equal ones the first that came."""
     draft: object | None = None
@@ -140,6 +148,14 @@ class Request:
     def reports_logprobs(self) -> bool:
         """Whether `logprobs` has one per token of the output."""
         return self.sampling.logprobs is not None
+
+    @property
+    def first_scored(self) -> int | None:
+        """The first token of the prompt after which logits are wanted, to score the one that follows; None where none is scored."""
+        if self.sampling.prompt_logprobs is None:
+            return None
+        last = self.sampling.prompt_logprobs_last
+        return 0 if last is None else max(0, len(self.prompt) - 1 - last)
 
     def trace(self) -> EntropyTrace | None:
         """The trace of the output, where asked for."""

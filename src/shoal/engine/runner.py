@@ -31,7 +31,8 @@ from shoal.engine.drafting import (
 )
 from shoal.engine.ledger import Ledger
 from shoal.engine.observing import observe
-from shoal.engine.prompt_scores import score_prompts, scores_prompt
+from shoal.engine.prefixes import Prefixes
+from shoal.engine.prompt_scores import num_scored, score_prompts
 from shoal.engine.request import Chunk, FinishReason, Generation, Request
 from shoal.engine.routing import watch
 from shoal.engine.sampler import Sampled, verify
@@ -59,7 +60,10 @@ class Runner:
             self.shape, dtype=decoder.dtype, device=decoder.device, num_slots=max_batch, budget_bytes=cache_bytes
         )
         self.slots = SlotTable(max_batch, self.shape.num_layers)
-        self.scheduler = Scheduler(self.slots, self.cache, self.tally.step_time, max_pass_tokens=max_pass_tokens)
+        self.prefixes = Prefixes(self.cache, self.slots, self.tally)
+        self.scheduler = Scheduler(
+            self.slots, self.cache, self.prefixes, self.tally.step_time, max_pass_tokens=max_pass_tokens
+        )
         self.drafter: Drafter | None = None
         """Who drafts for the requests that ask for it."""
         self.cancelled: set[int] = set()
@@ -84,8 +88,8 @@ class Runner:
         spans = list(zip(requests, rows.starts.tolist(), (rows.num_tokens - num_drafted).tolist(), strict=True))
         emits = np.array([start + count == request.known for request, start, count in spans])
         num_logits = emits * (1 + num_drafted)
-        scored = [scores_prompt(request, start) for request, start, _ in spans]
-        kept = np.where(scored, rows.num_tokens, num_logits) if any(scored) else num_logits
+        scored = [num_scored(*span) for span in spans]
+        kept = np.maximum(scored, num_logits) if any(scored) else num_logits
         token_ids: list[int] = []
         for (request, start, count), drafted_ids in zip(spans, proposed, strict=True):
             token_ids += request.tokens(start, count)
@@ -117,6 +121,7 @@ class Runner:
             watched.keep()
         if observed:
             observed.keep()
+        self.prefixes.keep(slots)
         for row, ones in zip(emitting, sampled, strict=True):
             request = requests[row]
             if request.prompt_states and not request.output:
@@ -134,6 +139,7 @@ class Runner:
     def submit(self, requests: Sequence[Request]) -> None:
         """Queue requests."""
         for request in requests:
+            self.prefixes.refer(request)
             bisect.insort(self.scheduler.waiting, request, key=lambda waiting: waiting.priority)
         self._next_deadline = min([self._next_deadline, *(r.deadline for r in requests if r.deadline is not None)])
 
@@ -281,6 +287,7 @@ class Runner:
         text += request.text.finish()
         if request.draft is not None and self.drafter:
             self.drafter.ended(request)
+        self.prefixes.release(request)
         ledger, past_horizon = Ledger(), False
         if request in self.slots.requests:
             slot = self.slots.requests.index(request)

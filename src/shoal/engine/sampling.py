@@ -13,7 +13,7 @@ from shoal.errors import InvalidInput
 LogitsProcessor = Callable[[list[int], Tensor], Tensor]
 """`processor(token_ids, logits) -> logits`: prompt and output so far, and float32 [V]; returns float32 [V]."""
 
-OPTIONAL = ("top_k", "top_p", "min_p", "logprobs", "prompt_logprobs")
+OPTIONAL = ("top_k", "top_p", "min_p", "logprobs", "prompt_logprobs", "prompt_logprobs_last")
 """Numbers that may be None."""
 
 
@@ -54,6 +54,8 @@ class Sampling:
     """Report log-probabilities of the chosen token and of this many most probable ones, from logits as the model gave them."""
     prompt_logprobs: int | None = None
     """The same of the prompt's tokens from the second on, by the layers that the prompt runs."""
+    prompt_logprobs_last: int | None = None
+    """Of that many last tokens of the prompt only, with `prompt_logprobs`; None is all of them."""
     entropy_top_k: TopK | None = None
     """Report the entropy trace (`shoal.engine.entropy`): per token the entropy over this many most probable tokens, or over all
     with "full", and the emitted token's negative log-probability, from logits as the model gave them. 20 is what is usual."""
@@ -64,7 +66,8 @@ class Sampling:
         if not isinstance(self.stop, str | tuple | list):
             raise InvalidInput(f"stop must be a string or several, got {self.stop!r}")
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
-        for name in ("max_new_tokens", "min_new_tokens", "top_k", "seed", "n", "logprobs", "prompt_logprobs"):
+        counts = ("max_new_tokens", "min_new_tokens", "top_k", "seed", "n", "logprobs", "prompt_logprobs")
+        for name in (*counts, "prompt_logprobs_last"):
             value = getattr(self, name)
             if not isinstance(value, int) and not (value is None and name in OPTIONAL):
                 raise InvalidInput(f"{name} must be a whole number, got {value!r}")
@@ -96,6 +99,11 @@ class Sampling:
                 "1 or more, or 'full'",
             ),
             "prompt_logprobs": (self.prompt_logprobs is None or self.prompt_logprobs >= 0, "0 or more"),
+            "prompt_logprobs_last": (
+                self.prompt_logprobs_last is None
+                or (self.prompt_logprobs_last >= 1 and self.prompt_logprobs is not None),
+                "1 or more, beside prompt_logprobs",
+            ),
         }
         for name, (holds, allowed) in rules.items():
             if not holds:

@@ -11,7 +11,8 @@ import numpy as np
 
 from shoal.depth.plan import ALWAYS
 from shoal.engine.cache import KVCache
-from shoal.engine.prompt_scores import MAX_CHUNK_TOKENS
+from shoal.engine.prefixes import Prefixes
+from shoal.engine.prompt_scores import MAX_CHUNK_TOKENS, scores_much
 from shoal.engine.request import Request
 from shoal.engine.slots import SlotTable
 from shoal.engine.step_time import Courses, StepTime
@@ -24,10 +25,12 @@ class Scheduler:
     """Lowest priority number first, then first come, first served. Admission reserves the most blocks a request can ever hold, so a
     running one is never put back."""
 
-    def __init__(self, slots: SlotTable, cache: KVCache, step_time: StepTime, *, max_pass_tokens: int) -> None:
+    def __init__(
+        self, slots: SlotTable, cache: KVCache, prefixes: Prefixes, step_time: StepTime, *, max_pass_tokens: int
+    ) -> None:
         """`step_time`: what decides between admitting at once and in waves; `max_pass_tokens`: most tokens in one pass, at least
         one per slot; longer prompts are read in chunks beside the decode rows."""
-        self.slots, self.cache, self.step_time = slots, cache, step_time
+        self.slots, self.cache, self.prefixes, self.step_time = slots, cache, prefixes, step_time
         self.max_pass_tokens = max_pass_tokens
         self.waiting: deque[Request] = deque()
         self.waves = True
@@ -36,23 +39,40 @@ class Scheduler:
         self._decided_for = (0, 0)
 
     def admit(self) -> None:
-        """Move waiting requests into free slots while the cache budget holds, unless it is better to wait for more free slots."""
+        """Move waiting requests into free slots while the cache budget holds, unless it is better to wait for more free slots.
+        Whoever waits for a prefix that another request is making lets those behind it pass."""
         if self._wait():
             return
-        reserved = self.slots.reserved_blocks()
-        admitted: list[Request] = []
-        for request in itertools.islice(self.waiting, len(self.cache.free_slots)):
-            reserved += int(request.future_blocks[0])
-            if reserved > self.cache.budget_blocks:
-                break
-            admitted.append(request)
+        admitted = self._next_in_line()
         if admitted:  # grow first: where that fails, nobody has left the queue
-            self.cache.reserve(max(len(r.prompt) + r.sampling.max_new_tokens - 1 for r in admitted))
-        for _ in admitted:
-            self.waiting.popleft()
+            self.cache.reserve(max(most_positions(request) for request in admitted))
+        for request in admitted:
+            self.waiting.remove(request)
         # Equal plans get neighbouring slots, deepest first: attention reads the cache of neighbours in one call.
         for request in sorted(admitted, key=lambda request: request.plan.cutoffs, reverse=True):
-            self.slots.enter(self.cache.acquire(), request)
+            slot = self.cache.acquire()
+            self.slots.enter(slot, request)
+            self.prefixes.enter(slot)
+
+    def _next_in_line(self) -> list[Request]:
+        """Who may enter now."""
+        reserved, positions = self.slots.reserved_blocks(), self.cache.max_positions
+        entering: list[Request] = []
+        for request in self.waiting:
+            if len(entering) == len(self.cache.free_slots):
+                break
+            if self.prefixes.must_wait(request):
+                continue
+            reserved += int(request.future_blocks[0])
+            positions = max(positions, most_positions(request))
+            committed = self.cache.committed_blocks(reserved, positions)
+            if not self.prefixes.make_room(committed):
+                if entering or self.slots.running:
+                    break
+                self.prefixes.drop(referred=True)  # nobody else will make room
+            self.prefixes.claim(request)
+            entering.append(request)
+        return entering
 
     def schedule(self) -> dict[int, int]:
         """Tokens to compute in the next pass, by slot. Prompts are read in the order in which they came."""
@@ -63,8 +83,8 @@ class Scheduler:
         room = self.max_pass_tokens - len(tokens)
         for slot, count in behind.items():
             if count > 1 and room > 0:
-                scored = self.slots[slot].sampling.prompt_logprobs is not None
-                tokens[slot] = min(count, room, MAX_CHUNK_TOKENS if scored else room)
+                most = MAX_CHUNK_TOKENS if scores_much(self.slots[slot]) else room
+                tokens[slot] = min(count, room, most, self.prefixes.tokens_to_make(slot) or room)
                 room -= tokens[slot]
         return tokens
 
@@ -99,6 +119,11 @@ class Scheduler:
             num_slots,
             self.step_time,
         )
+
+
+def most_positions(request: Request) -> int:
+    """Positions that a request's keys and values can take."""
+    return len(request.prompt) + request.sampling.max_new_tokens - 1
 
 
 def fill_level(courses: Courses, num_running: int, num_slots: int, step_time: StepTime) -> int:

@@ -25,6 +25,7 @@ class SlotTable:
         self.requests: list[Request | None] = [None] * num_slots
         self.prompt_tokens = np.zeros(num_slots, dtype=np.int64)
         self.num_computed = np.zeros(num_slots, dtype=np.int64)
+        self.shared_tokens = np.zeros(num_slots, dtype=np.int64)  # of the computed ones, those that were copied instead
         self.cutoffs = np.zeros((num_slots, num_layers), dtype=np.int64)
         self.runs_prompt = np.zeros((num_slots, num_layers), dtype=bool)
         # Of layers that ran, [slot, 0] for the prompt, [slot, 1] for generated tokens, [slot, 2] for drafting, beyond those:
@@ -48,11 +49,15 @@ class SlotTable:
         """Put a request into a free slot."""
         self.requests[slot] = request
         self.prompt_tokens[slot] = len(request.prompt)
-        self.num_computed[slot] = 0
+        self.num_computed[slot] = self.shared_tokens[slot] = 0
         self.cutoffs[slot] = request.plan.cutoffs
         self.runs_prompt[slot] = request.plan.runs_prompt
         self.layer_tokens[slot] = self.layer_pairs[slot] = 0
         self.draft_heads[slot] = self.small_model_flops[slot] = 0
+
+    def share(self, slot: int, num_tokens: int) -> None:
+        """The first tokens of the prompt in a slot need no computing: others have done it."""
+        self.num_computed[slot] = self.shared_tokens[slot] = num_tokens
 
     def leave(self, slot: int) -> None:
         """Empty a slot."""
@@ -126,6 +131,8 @@ class SlotTable:
         return Ledger.of(
             shape,
             prompt_tokens=int(min(self.num_computed[slot], self.prompt_tokens[slot])),
+            shared_prompt_tokens=int(self.shared_tokens[slot]),
+            prompt_layers=int(self.runs_prompt[slot].sum()),
             prompt_heads=int(self.num_computed[slot] >= self.prompt_tokens[slot]),
             new_tokens=len(self[slot].output),
             decode_passes=int(max(0, self.num_computed[slot] - self.prompt_tokens[slot])),

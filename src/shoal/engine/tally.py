@@ -47,6 +47,12 @@ class Tally:
         """Proposing, and deciding how much to verify, took so long."""
         self._stats.draft_s += seconds
 
+    def note_copy(self, num_positions: int) -> None:
+        """So many positions of a layer were read and written elsewhere."""
+        self._stats.copied_bytes += bytes_moved(
+            self.shape, layers_read=0, cached_positions=2 * num_positions, head=False
+        )
+
     def note(self, rows: Rows, decodes: NDArray[np.bool_], num_logits: int, seconds: float) -> None:
         """A pass has run these rows. `decodes` [R]: those that consumed generated tokens."""
         self._noted.append((rows, decodes, num_logits, seconds))

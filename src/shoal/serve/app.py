@@ -34,6 +34,7 @@ from shoal.serve.intake import Intake, Job
 from shoal.serve.limits import Limits
 from shoal.serve.metrics import Metrics
 from shoal.serve.replies import Reply
+from shoal.serve.reranking import ServedModel, rank_config, rerank
 from shoal.serve.scoring import scores, scoring_job
 from shoal.serve.streams import Events, events, unless_gone
 from shoal.serve.worker import Worker
@@ -60,6 +61,8 @@ class Server:
         self.intake = Intake(engine, config)
         self.started = int(time.time())
         self._preparing = ThreadPoolExecutor(1, thread_name_prefix="shoal-intake")
+        self._ranking = ThreadPoolExecutor(config.max_rankings, thread_name_prefix="shoal-ranking")
+        self._num_rankings = 0
 
     async def prepare(self, check: Callable[[], T]) -> T:
         """What `check` makes of a body, away from the event loop."""
@@ -75,17 +78,39 @@ class Server:
         if job.body.stream:
             return Events(follower, events(follower, reply, partial(note, request, reply)))
         try:
-            done = await unless_gone(request, follower)
+            done = await unless_gone(request, follower.generations())
             note(request, reply, done)
             # Thousands of log-probabilities with their tokens take a second to write: others' streams go on meanwhile.
             return await asyncio.to_thread(lambda: JSONResponse(reply.whole(done)))
         finally:
             follower.close()
 
+    async def rerank(self, request: Request, body: schema.Rerank) -> Response:
+        """Rank a body's documents, in a thread of their own."""
+        config = await self.prepare(lambda: rank_config(self.intake, body))
+        if self._num_rankings == self.config.max_rankings:
+            message = f"{self._num_rankings} rankings are running: come again later"
+            raise ApiError(429, message, code="queue_full", retry_after_s=1)
+        model = ServedModel(self.intake, self.worker, body, request.state.key)
+        ranking = self._ranking.submit(rerank, model, config)
+        self._num_rankings += 1
+        try:
+            ranked = await unless_gone(request, asyncio.wrap_future(ranking))
+        finally:
+            model.close()
+            self._num_rankings -= 1
+        shoal = ranked["usage"]["shoal"]
+        log.info(
+            "%s key=%r documents=%d calls=%d tokens=%d seconds=%.3f",
+            request.url.path, request.state.key, len(body.documents), shoal["calls"], shoal["tokens"], shoal["seconds"],
+        )  # fmt: skip
+        return JSONResponse(ranked)
+
     async def close(self) -> None:
         """The application ends; its requests have been answered."""
         await self.worker.close()
         self._preparing.shutdown()
+        self._ranking.shutdown()
 
 
 def note(request: Request, reply: Reply, done: list[Generation]) -> None:
@@ -164,10 +189,15 @@ def make_app(engine: Engine, config: ServeConfig) -> FastAPI:
         job = await server().prepare(lambda: scoring_job(server().intake, body))
         follower = server().worker.submit(job.requests, request.state.key)
         try:
-            done = await unless_gone(request, follower)
+            done = await unless_gone(request, follower.generations())
         finally:
             follower.close()
         return JSONResponse(scores(job, done, model=config.model, num_layers=engine.shape.num_layers))
+
+    @app.post("/v1/rerank")
+    async def rank_again(body: schema.Rerank, request: Request) -> Response:
+        """Put documents in order by asking the model about them, under a budget of calls."""
+        return await server().rerank(request, body)
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:

@@ -40,6 +40,12 @@ class ServeConfig:
     """Longest body of an HTTP request."""
     body_timeout_s: float = 30.0
     """Seconds in which a body has to arrive."""
+    max_documents: int = 200
+    """Most documents of a ranking."""
+    max_rank_calls: int = 200
+    """Most model calls that a ranking may ask for; one that says nothing gets 100, or as many."""
+    max_rankings: int = 8
+    """Most rankings that run at once; beyond them the answer is 429."""
     probes: tuple[Probe | Guard, ...] = ()
     """What requests may ask for by name; guards read every prompt that is completed."""
     api_keys: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
@@ -50,6 +56,9 @@ class ServeConfig:
             "min_depth": (0 < self.min_depth <= 1, "above 0, at most 1"),
             "max_tokens": (self.max_tokens >= 1, "1 or more"),
             "max_queue": (self.max_queue >= 0, "0 or more"),
+            "max_documents": (self.max_documents >= 1, "1 or more"),
+            "max_rank_calls": (self.max_rank_calls >= 1, "1 or more"),
+            "max_rankings": (self.max_rankings >= 1, "1 or more"),
             "timeout_s": (0 < self.timeout_s < float("inf"), "above 0 and finite"),
             "max_body_bytes": (self.max_body_bytes >= 1, "1 or more"),
             "body_timeout_s": (0 < self.body_timeout_s < float("inf"), "above 0 and finite"),

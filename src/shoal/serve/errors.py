@@ -30,7 +30,7 @@ UNSUPPORTED = dict.fromkeys(
 """Why fields of OpenAI's API are not among ours, where more can be said than that."""
 
 
-ALTERNATIVE = re.compile(r"(constrained-)?str|list\[.+\]")
+ALTERNATIVE = re.compile(r"(constrained-)?str|list\[.+\]|Document")
 """What pydantic puts into the path of a field that may have one of several types."""
 
 

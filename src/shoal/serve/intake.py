@@ -194,7 +194,7 @@ class Intake:
                 draft=draft,
                 probes=probes,
                 index=index,
-                timeout_s=min(self.config.timeout_s, timeout_s or math.inf),
+                timeout_s=min(self.config.timeout_s, math.inf if timeout_s is None else timeout_s),
             )
         except InvalidPlan as error:
             raise invalid(error, asked(body)) from error

@@ -181,6 +181,36 @@ class Score(Depth):
     timeout_s: float | None = Field(None, gt=0)
 
 
+class Document(Body):
+    """A document to rank."""
+
+    text: str
+
+
+class Rerank(Depth):
+    """Body of `/v1/rerank`: documents to put in order. Fields up to `return_documents` are those of other APIs."""
+
+    model: str
+    query: str = Field(min_length=1)
+    documents: list[str | Document] = Field(
+        min_length=1, description="In the order of a first stage, the best first, where there was one."
+    )
+    top_n: int | None = Field(None, ge=1, description="Most documents that come back, and places that matter.")
+    max_tokens_per_doc: int = Field(128, ge=1, description="Tokens of each document that are shown to the model.")
+    return_documents: bool = False
+    ranker: str = Field("auto", description="Who decides what to compare.")
+    budget: int | None = Field(None, ge=1, description="Most model calls.")
+    mode: Literal["score", "generate"] = Field("score", description="Whether answers are scored or written.")
+    direction: Literal["one", "both", "random"] = Field("random", description="In which order documents are shown.")
+    seed: int = Field(0, ge=0, lt=2**63, description="Of directions, and of what rankers draw.")
+    timeout_s: float | None = Field(None, gt=0, description="Seconds that all of it may take.")
+
+    @property
+    def texts(self) -> list[str]:
+        """Of the documents."""
+        return [one if isinstance(one, str) else one.text for one in self.documents]
+
+
 class Problem(BaseModel):
     """What is wrong."""
 

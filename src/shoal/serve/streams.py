@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, TypeVar
 
 from fastapi import Request
 from fastapi.responses import StreamingResponse
@@ -16,6 +16,7 @@ from shoal.serve.errors import ApiError
 from shoal.serve.replies import Reply
 from shoal.serve.worker import Follower
 
+T = TypeVar("T")
 PING_S = 15
 """Seconds without an event after which a stream says that it is alive."""
 
@@ -70,9 +71,9 @@ def sse(event: dict[str, Any]) -> str:
     return f"data: {json.dumps(event, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
 
-async def unless_gone(request: Request, follower: Follower) -> list[Generation]:
-    """The results, while somebody waits for them. Raises `ApiError` where the client has gone, for the log: nobody reads it."""
-    working, leaving = asyncio.ensure_future(follower.generations()), asyncio.ensure_future(request.receive())
+async def unless_gone(request: Request, work: Awaitable[T]) -> T:
+    """What comes of `work`, while somebody waits. Raises `ApiError` where the client has gone, for the log: nobody reads it."""
+    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(request.receive())
     try:
         await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
         if working.done():

@@ -97,9 +97,10 @@ class Worker:
         """Requests that would be taken now."""
         return self.most - len(self.followers)
 
-    def submit(self, requests: Sequence[Request], key: str) -> Follower:
-        """Queue requests for the holder of `key`. Raises `ApiError` where too many wait already."""
-        if len(requests) > self.room:
+    def submit(self, requests: Sequence[Request], key: str, *, admitted: bool = False) -> Follower:
+        """Queue requests for the holder of `key`. Raises `ApiError` where too many wait already, unless they go on with something
+        that was `admitted` before."""
+        if len(requests) > self.room and not admitted:
             self.metrics.refused.inc()
             raise ApiError(
                 429,

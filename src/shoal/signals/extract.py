@@ -163,6 +163,8 @@ def keep_logits(states: States, place: int) -> Callable[[list[int], Tensor], Ten
 class Recorder:
     """An `Observer` that keeps the states of prompts, which begin in the order in which they stand in `States`."""
 
+    shares = None
+
     def __init__(self, states: States, first: int) -> None:
         self.states, self.next = states, first
 

@@ -92,6 +92,10 @@ class ProbeReading:
         self.read = self.read.then(part) if self.read else part
         return self.read.num_tokens >= self.prompt_tokens
 
+    def go_on(self, prefix: Prefix) -> None:
+        """As in `Reading`."""
+        self.read = prefix
+
     def prefix(self) -> Prefix:
         """What has been read so far, for other prompts that begin with the same tokens. Raises `InvalidInput` for attention."""
         if self.read is None:
@@ -159,6 +163,11 @@ class ProbeSet:
                 f"the prefix has {prefix.num_tokens} tokens, the prompt no more than that: {prompt_tokens}"
             )
         return ProbeReading(self, prompt_tokens, prefix)
+
+    @property
+    def shares(self) -> str | None:
+        """As in `Observer`: attention needs the rows of a whole prompt."""
+        return None if self.columns else self.version
 
     def watch(self, readings: Sequence[ProbeReading], counts: Sequence[int]) -> ProbeWatch:
         """As in `Observer`."""
