@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
-from sentinel_tasks import slices, training_pairs
+from sentinel_tasks import Item, slices, training_pairs
 from shoal import Engine, Sampling
 from shoal.errors import InvalidInput, ShoalError
 from shoal.evaluate.markdown import table
@@ -76,7 +76,12 @@ def run(options: argparse.Namespace) -> None:
         prepare(work, options)
         train(work, options)
     for temperature in TEMPERATURES:
-        answer(work, options, temperature, count)
+        if not traces_file(work, temperature).is_file():
+            tuned = options.steps > 0
+            engine = Engine.from_pretrained(work / "model" if tuned else "shoal-e2e", dtype="float32", cache_gib=1)
+            answer(
+                engine, slices(options.data, count, seed=0, tuned=tuned), temperature, traces_file(work, temperature)
+            )
     if options.quick:  # too few answers for a sentinel to learn from
         return
     result = measure(work)
@@ -129,14 +134,8 @@ def traces_file(work: Path, temperature: float) -> Path:
     return work / f"traces-{temperature:g}.jsonl"
 
 
-def answer(work: Path, options: argparse.Namespace, temperature: float, count: int) -> None:
-    """The model's answers to every slice, with traces and whether they are right."""
-    path = traces_file(work, temperature)
-    if path.is_file():
-        return
-    tuned = options.steps > 0
-    engine = Engine.from_pretrained(work / "model" if tuned else "shoal-e2e", dtype="float32", cache_gib=1)
-    asked = slices(options.data, count, seed=0, tuned=tuned)
+def answer(engine: Engine, asked: dict[str, list[Item]], temperature: float, path: Path) -> None:
+    """Write the model's answers to every slice, with traces and whether they are right."""
     items = [(name, item) for name, some in asked.items() for item in some]
     samplings = [
         Sampling(max_new_tokens=MOST_TOKENS, temperature=temperature, seed=seed, entropy_top_k=TOP_K)

@@ -1,0 +1,157 @@
+"""The sentinel on arithmetic of growing size: slices from what a small network has learnt well to what it has hardly seen.
+
+    python studies/sentinel_arithmetic.py --save
+
+A Llama of 3 layers and width 128 over characters learns additions, subtractions and sums of digits, the answer's last digit first,
+from random ones; longer numbers are rarer in training. The slices were fixed before any answer was seen: `add 2` to `add 6`, `sub 2`
+to `sub 6` by number of digits, `terms 3` to `terms 8`, 250 prompts each, none of them trained on. What is asked of the sentinel is in
+`sentinel.py`. No data is needed; a quarter of an hour on one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from sentinel import TEMPERATURES, answer, describe, draw, measure, traces_file
+from sentinel_tasks import Item, draw_terms
+from shoal import Engine
+from shoal.errors import ShoalError
+from study import RESULTS, open_work, parser, save, write_json
+
+CHARACTERS = "0123456789+-="
+END = "<|end|>"
+LAYERS, WIDTH, HEADS, FFN = 3, 128, 4, 384
+BATCH, LEARNING_RATE = 256, 2e-3
+DIGITS = {1: 0.08, 2: 0.25, 3: 0.27, 4: 0.22, 5: 0.13, 6: 0.05}
+"""How often numbers of so many digits are trained on."""
+TERMS = {2: 0.2, 3: 0.25, 4: 0.2, 5: 0.14, 6: 0.1, 7: 0.07, 8: 0.04}
+PER_SLICE = 250
+
+
+def draw_one(rng: random.Random, kind: str, size: int) -> tuple[str, str]:
+    """A prompt of a kind and its answer, last digit first.
+
+    >>> draw_one(random.Random(0), "add", 2)
+    ('59+63=', '221')
+    """
+    if kind == "terms":
+        prompt, value = draw_terms(size, rng)
+        return prompt, value[::-1]
+    low = 10 ** (size - 1) if size > 1 else 0
+    a, b = (rng.randrange(low, 10**size) for _ in range(2))
+    if kind == "add":
+        return f"{a}+{b}=", str(a + b)[::-1]
+    return f"{max(a, b)}-{min(a, b)}=", str(abs(a - b))[::-1]
+
+
+def slices(count: int) -> dict[str, list[Item]]:
+    """What is asked."""
+    rng, found = random.Random("slices"), {}
+    for kind, sizes in (("add", range(2, 7)), ("sub", range(2, 7)), ("terms", range(3, 9))):
+        for size in sizes:
+            drawn: dict[str, str] = {}
+            while len(drawn) < count:
+                prompt, answer = draw_one(rng, kind, size)
+                drawn[prompt] = answer
+            found[f"{kind} {size}"] = [
+                Item(prompt, lambda text, right=right: text.strip() == right)  # type: ignore[misc]
+                for prompt, right in drawn.items()
+            ]
+    return found
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """A token per character."""
+    vocab = {one: place for place, one in enumerate([END, *CHARACTERS])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token=END))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=END)
+
+
+def train(work: Path, steps: int, held_out: set[str]) -> None:
+    """The network, unless it is there."""
+    if (work / "training.json").is_file():
+        return
+    tokenizer = make_tokenizer()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(CHARACTERS) + 1, hidden_size=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
+        num_key_value_heads=HEADS, intermediate_size=FFN, max_position_embeddings=256, bos_token_id=0, eos_token_id=0,
+        pad_token_id=0,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.05)
+    rng, tokens = random.Random("training"), 0
+    for step in range(1, steps + 1):
+        pairs = []
+        while len(pairs) < BATCH:
+            kind = rng.choice(("add", "sub", "terms", "terms"))
+            sizes = TERMS if kind == "terms" else DIGITS
+            one = draw_one(rng, kind, rng.choices(list(sizes), list(sizes.values()))[0])
+            if one[0] not in held_out:
+                pairs.append(one)
+        rows = [[*tokenizer.encode(prompt), *tokenizer.encode(text), 0] for prompt, text in pairs]
+        longest = max(map(len, rows))
+        ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+        labels = torch.full_like(ids, -100)
+        for place, ((prompt, _), row) in enumerate(zip(pairs, rows, strict=True)):
+            labels[place, len(prompt) : len(row)] = ids[place, len(prompt) : len(row)]
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(ids, labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        tokens += sum(map(len, rows))
+        if step % 100 == 0:
+            print(f"step {step}/{steps} loss {loss.item():.3f}", flush=True)
+    model.save_pretrained(work / "model")
+    tokenizer.save_pretrained(work / "model")
+    write_json(work / "training.json", {"steps": steps, "tokens": tokens, "parameters": model.num_parameters()})
+
+
+def run(options: argparse.Namespace) -> None:
+    """Training, answers, and what the sentinel makes of them."""
+    torch.set_num_threads(options.threads)
+    work: Path = options.work
+    steps, count = (4, 3) if options.quick else (options.steps, PER_SLICE)
+    open_work(work, {"steps": steps, "quick": options.quick})
+    asked = slices(count)
+    train(work, steps, {item.prompt for items in asked.values() for item in items})
+    engine = Engine.from_pretrained(work / "model", dtype="float32", max_batch=64, cache_gib=1)
+    for temperature in TEMPERATURES:
+        if not traces_file(work, temperature).is_file():
+            answer(engine, asked, temperature, traces_file(work, temperature))
+    if options.quick:
+        return
+    result = measure(work)
+    print(describe(result))
+    draw(result, work / "sentinel.svg")
+    if options.save:
+        save("sentinel_arithmetic", result)
+        draw(result, RESULTS / "sentinel_arithmetic.svg")
+    print(json.dumps({"study": "sentinel_arithmetic", **result}))
+
+
+def main() -> None:
+    options = parser(__doc__, work="sentinel_arithmetic")
+    options.add_argument("--steps", type=int, default=4000)
+    try:
+        run(options.parse_args())
+    except ShoalError as error:
+        sys.exit(f"Error: {error}")
+
+
+if __name__ == "__main__":
+    main()
