@@ -146,7 +146,7 @@ def run(options: argparse.Namespace) -> None:
 
 def main() -> None:
     options = parser(__doc__, work="sentinel_arithmetic")
-    options.add_argument("--steps", type=int, default=4000)
+    options.add_argument("--steps", type=int, default=2500)
     try:
         run(options.parse_args())
     except ShoalError as error:
