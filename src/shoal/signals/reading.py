@@ -28,7 +28,7 @@ from shoal.errors import CheckpointError, InvalidInput, InvalidPrompt, RequestFa
 from shoal.files import replaced
 from shoal.signals.probe import Probe
 
-BLOCK_TOKENS = {"cpu": 256, "cuda": 8192}
+BLOCK_TOKENS = {"cpu": 512, "cuda": 8192}
 """Tokens that are read together. On CPUs their states in float32 stay in the processor's cache."""
 
 
