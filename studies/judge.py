@@ -2,9 +2,9 @@
 
     python studies/judge.py --data ../shared/data --model ~/.cache/shoal/studies/general_model/general --save
 
-The general model learns to answer the oracle's prompt in three stages, with `tune`: whose abstract is it, the title's own or any
-other's (passages of 32 tokens); its own or one that BM25 found as well (64 tokens); then judged pairs of Vaswani and TREC DL 2019,
-half and half with the second stage's. Both orders of every pair are trained on. DL20, SciFact and Cranfield are never read for it.
+The general model learns to answer the prompt of `judge_template.toml` in two stages, with `tune`: beginnings of arXiv abstracts, and
+their titles, words and further sentences as queries; then judged pairs of Vaswani and TREC DL 2019, half and half with the first
+stage's. DL20, SciFact and Cranfield are never read for it.
 
 Then it is asked through the engine. Pairs of topics that were held back and of the test collections, in both directions, say how
 often it is right. Rankings under budgets say what that is worth: margins, one call per question in a drawn direction. Answers are
@@ -32,14 +32,15 @@ import torch
 from judge_data import (
     MAX_PASSAGE_TOKENS,
     MAX_QUERY_TOKENS,
+    TEMPLATE,
     TRAINED_ON,
     Cut,
     arxiv,
     draw_pairs,
     judged,
-    judged_prompts,
+    judged_windows,
+    paper_windows,
     split,
-    weak_prompts,
 )
 from judge_table import BUDGETS, PAIR_COLUMNS, describe
 from ranking import HELD_OUT, interval, part
@@ -58,10 +59,10 @@ from shoal.train.config import TuneConfig
 from shoal.train.tune import tune
 from study import CACHE, conditions, open_work, save
 
-STAGES = {"any": (160, 64, 1e-3), "near": (160, 48, 5e-4), "judged": (120, 48, 3e-4)}
-"""Steps, prompts per step, and the learning rate."""
+STAGES = {"papers": (16, 1e-3), "judged": (24, 5e-4)}
+"""Examples per step, and the learning rate."""
 PAPERS = 8000
-"""Of arXiv: each is a topic of the first two stages."""
+"""Of arXiv, to find each other."""
 MEASURE = "nDCG@10"
 ARMS = ("adaptive", "quicksort", "heapsort", "bubblesort", "sliding")
 
@@ -70,6 +71,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--data", type=Path, required=True, help="the directory of all data sets")
     options.add_argument("--model", required=True, help="checkpoint to start from, such as that of general_model.py")
+    options.add_argument("--steps", type=int, nargs=2, default=[350, 250], help="of the two stages of training")
     options.add_argument("--topics", type=int, default=20, help="of each test collection, for rankings")
     options.add_argument("--pairs", type=int, default=300, help="of each collection, for accuracy")
     options.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of tensor operations")
@@ -78,7 +80,7 @@ def main() -> None:
     options.add_argument("--save", action="store_true", help="write results/judge.json")
     chosen = options.parse_args()
     if chosen.quick:
-        chosen.topics, chosen.pairs = 2, 8
+        chosen.steps, chosen.topics, chosen.pairs = [2, 2], 2, 8
     try:
         torch.set_num_threads(chosen.threads)
         result = run(chosen)
@@ -94,7 +96,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     """Three stages of training, then questions."""
     start = load(options.model)
     settings = {
-        "start": start.name, "stages": STAGES, "papers": PAPERS, "topics": options.topics, "pairs": options.pairs,
+        "start": start.name, "stages": STAGES, "steps": options.steps, "papers": PAPERS, "topics": options.topics, "pairs": options.pairs,
         "quick": options.quick,
     }  # fmt: skip
     open_work(options.work, settings)
@@ -149,15 +151,15 @@ def train(
     stage: str, options: argparse.Namespace, before: str, start: LocalModel, collections: dict[str, Collection]
 ) -> dict[str, Any]:
     """One stage, from the checkpoint `before`; where it was interrupted it goes on."""
-    steps, batch, rate = (2, 4, 1e-3) if options.quick else STAGES[stage]
+    steps, (batch, rate) = options.steps[list(STAGES).index(stage)], STAGES[stage]
     output: Path = options.work / stage
     state, file = output.with_name(f"{stage}.tuning"), output.with_suffix(".jsonl")
     if not state.is_dir():
         shutil.rmtree(output, ignore_errors=True)  # of a run that ended before its report was written
-        rows = prompts(stage, options.data, steps * batch, collections, lambda text, most: start.cut(text, most).text)
+        rows = windows(stage, options.data, steps * batch, collections, lambda text, most: start.cut(text, most).text)
         with replaced(file) as partial_file:
             partial_file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    config = TuneConfig(depths=(1.0,), steps=steps, batch_size=batch, learning_rate=rate, bfloat16=True, save_every=50)
+    config = TuneConfig(depths=(1.0,), steps=steps, batch_size=batch, learning_rate=rate, bfloat16=True, save_every=100)
 
     def tell(step: int, num_steps: int, loss: float) -> None:
         print(f"{stage}: step {step} of {num_steps}, loss {loss:.4f}", file=sys.stderr, flush=True)
@@ -169,15 +171,14 @@ def train(
     }
 
 
-def prompts(stage: str, data: Path, count: int, collections: dict[str, Collection], cut: Cut) -> list[dict[str, str]]:
-    """`count` training prompts of a stage, so that each is read once."""
+def windows(stage: str, data: Path, count: int, collections: dict[str, Collection], cut: Cut) -> list[dict[str, str]]:
+    """`count` examples of a stage, so that each is read once."""
     papers = arxiv(data, "train", PAPERS)
-    if stage == "any":
-        return weak_prompts(papers, count, near=False, tokens=32, cut=cut, seed=0)
-    if stage == "near":
-        return weak_prompts(papers, count, near=True, tokens=MAX_PASSAGE_TOKENS, cut=cut, seed=1)
-    rows = judged_prompts([split(collections[name])[0] for name in TRAINED_ON], count // 2, cut=cut, seed=2)
-    return rows + weak_prompts(papers, count - len(rows), near=True, tokens=MAX_PASSAGE_TOKENS, cut=cut, seed=3)
+    if stage == "papers":
+        apart = paper_windows(papers, count // 2, near=False, cut=cut, seed=1)
+        return apart + paper_windows(papers, count - len(apart), near=True, cut=cut, seed=2)
+    pairs = judged_windows([split(collections[name])[0] for name in TRAINED_ON], count // 2, cut=cut, seed=3)
+    return pairs + paper_windows(papers, count - len(pairs), near=True, cut=cut, seed=4)
 
 
 def sample(collection: Collection, count: int) -> Collection:
@@ -188,7 +189,7 @@ def sample(collection: Collection, count: int) -> Collection:
 
 def ask_pairs(model: LanguageModel, collection: Collection, count: int) -> dict[str, list[float]]:
     """Shares of judged pairs, in percent with intervals over topics: what the model says of each in both directions."""
-    rng, template = random.Random(0), load_template("pair")
+    rng, template = random.Random(0), load_template(TEMPLATE)
     topics = sample(collection, count).topics
     told: dict[str, list[float]] = {name: [] for name in PAIR_COLUMNS}
     sizes: list[int] = []
@@ -196,11 +197,14 @@ def ask_pairs(model: LanguageModel, collection: Collection, count: int) -> dict[
         pairs = draw_pairs(topic, math.ceil(count / len(topics)), rng)
         if not pairs:
             continue
+        asked = {place for pair in pairs for place in pair}
         comparator = Prompted(
             model=model,
             template=template,
             query=model.cut(topic.query, MAX_QUERY_TOKENS).text,
-            passages=[model.cut(text, MAX_PASSAGE_TOKENS).text for text in topic.texts],
+            passages=[
+                model.cut(text, MAX_PASSAGE_TOKENS).text if at in asked else "" for at, text in enumerate(topic.texts)
+            ],
         )
         readings = comparator.read([order for pair in pairs for order in (tuple(pair), tuple(pair)[::-1])])
         first, second = (np.array([one.logits for one in readings[at::2]]) for at in (0, 1))
@@ -229,7 +233,7 @@ def ask_rankings(model: LanguageModel, collection: Collection) -> dict[str, Any]
         rows = []
         for budget in BUDGETS:
             config = RankConfig(
-                budget=budget, ranker=ranker, soft=True, max_query_tokens=MAX_QUERY_TOKENS,
+                budget=budget, ranker=ranker, soft=True, template=TEMPLATE, max_query_tokens=MAX_QUERY_TOKENS,
                 max_passage_tokens=MAX_PASSAGE_TOKENS,
             )  # fmt: skip
             done = [rank_with(model, config, one.query, one.texts, scores=one.scores) for one in collection.topics]

@@ -1,8 +1,12 @@
 """What the comparator of `judge.py` is trained on and asked about: pairs of documents of different grades, in the oracle's prompts.
 
-Judgements are few: 136 topics of the training collections. A model this small needs to see far more before it looks at both
-passages at all, so arXiv stands in as a collection that judges itself: a title is a query, its own abstract is the one relevant
-document, and the others are what BM25 finds for the title. Nothing of DL20, SciFact or Cranfield is read for training.
+Judgements are few: 102 topics. A model this small reads a query without looking back at the passages at all until it has been asked
+far more often, so most training text is made: two passages and several queries about them, each with its answer,
+
+    Passage A: ...    Passage B: ...    Query: ... Better passage: B    Query: ... Better passage: A
+
+whose queries are words of a passage, or titles and sentences of the abstract that a passage begins. Where a prompt of the oracle
+ends, its answer stands. Nothing of DL20, SciFact or Cranfield is read for training.
 """
 
 from __future__ import annotations
@@ -19,11 +23,14 @@ from typing import NamedTuple
 from shoal.evaluate.ranking_data import DIRECTORIES, Collection, Topic, load_collection, retrieved
 from shoal.rank.templates import load_template
 
+TEMPLATE = str(Path(__file__).with_name("judge_template.toml"))
 TRAINED_ON = ("vaswani", "dl19")
 HELD_BACK = 4
 """One topic of so many of the training collections is for the accuracy only."""
 MAX_QUERY_TOKENS, MAX_PASSAGE_TOKENS = 64, 64
-"""As in every prompt of the study, which then has 256 tokens at most."""
+"""As in every prompt of the study, which then has 215 tokens at most."""
+QUERIES = 8
+"""Of a window of made text."""
 Cut = Callable[[str, int], str]
 """The first so many tokens of a text, by the model's tokenizer."""
 
@@ -36,9 +43,8 @@ class Pair(NamedTuple):
 
 
 def arxiv(data: Path, part: str, most: int) -> Collection:
-    """The first papers of `train` or `dev`, found by their titles among all of these."""
-    with gzip.open(data / "arxiv_abstract_title" / f"{part}.jsonl.gz", "rt", encoding="utf-8") as file:
-        papers = [json.loads(line) for _, line in zip(range(most), file, strict=False)]
+    """A collection that judges itself, the first papers of `train` or `dev`: a title is a query, its own abstract is relevant."""
+    papers = read_papers(data, part, most)
     return retrieved(
         "arxiv",
         {paper["id"]: paper["title"] for paper in papers},
@@ -49,17 +55,23 @@ def arxiv(data: Path, part: str, most: int) -> Collection:
     )
 
 
+def read_papers(data: Path, part: str, most: int) -> list[dict[str, str]]:
+    """The first papers."""
+    with gzip.open(data / "arxiv_abstract_title" / f"{part}.jsonl.gz", "rt", encoding="utf-8") as file:
+        return [json.loads(line) for line in itertools.islice(file, most)]
+
+
+def judged(data: Path, name: str) -> Collection:
+    """A test collection without the topics that have a text twice, which `rank` does not take."""
+    found = load_collection(name, data / DIRECTORIES[name])
+    return replace(found, topics=tuple(one for one in found.topics if len(set(one.texts)) == len(one.texts)))
+
+
 def split(collection: Collection) -> tuple[Collection, Collection]:
     """Topics to train on, and those held back."""
     topics = collection.topics
     kept = tuple(one for at, one in enumerate(topics) if at % HELD_BACK)
     return replace(collection, topics=kept), replace(collection, topics=topics[::HELD_BACK])
-
-
-def judged(data: Path, name: str) -> Collection:
-    """A test collection whose topics have no document twice: `rank` takes none."""
-    found = load_collection(name, data / DIRECTORIES[name])
-    return replace(found, topics=tuple(one for one in found.topics if len(set(one.texts)) == len(one.texts)))
 
 
 def draw_pairs(topic: Topic, count: int, rng: random.Random) -> list[Pair]:
@@ -76,45 +88,53 @@ def draw_pairs(topic: Topic, count: int, rng: random.Random) -> list[Pair]:
     return list(found)
 
 
-def prompts_of(query: str, better: str, worse: str) -> list[dict[str, str]]:
-    """Both orders, as the oracle's prompts have them, with the answers."""
-    template = load_template("pair")
-    right, wrong = template.answers(2)
-    return [
-        {"prompt": template.prompt(query, [better, worse]), "completion": right},
-        {"prompt": template.prompt(query, [worse, better]), "completion": wrong},
-    ]
+def window(passages: Sequence[str], asked: Sequence[tuple[str, int]]) -> dict[str, str]:
+    """An example of `tune`: two passages and queries about them, each answered by the passage at its place."""
+    template = load_template(TEMPLATE)
+    answers = template.answers(2)
+    (query, place), *rest = asked
+    turn = template.text.partition("{passages}")[2]
+    further = (turn.replace("{query}", query) + answers[place] for query, place in rest)
+    return {"prompt": template.prompt(query, passages), "completion": answers[place] + "".join(further)}
 
 
-def weak_prompts(
-    collection: Collection, count: int, *, near: bool, tokens: int, cut: Cut, seed: int
-) -> list[dict[str, str]]:
-    """`count` prompts of titles with abstracts, each pair in both orders.
+def paper_windows(collection: Collection, count: int, *, near: bool, cut: Cut, seed: int) -> list[dict[str, str]]:
+    """Beginnings of two abstracts, and queries about them in any order: titles, words that they show, and what follows there.
 
-    Beside the right one stands another that BM25 found for the title (`near`), or any. Half of the titles are in lower case, as
-    queries of most collections are.
+    The second abstract is any other, or one that BM25 found for the title of the first (`near`).
     """
     rng = random.Random(seed)
-    topics = [one for one in collection.topics if any(one.grades)]
-    rng.shuffle(topics)
-    rows: list[dict[str, str]] = []
-    for topic in itertools.islice(itertools.cycle(topics), count // 2):
-        better = topic.texts[topic.grades.index(1)]
-        others = topic.texts[:30] if near else rng.choice(topics).texts
-        worse = rng.choice([text for text in others if text != better])
-        query = topic.query.lower() if rng.random() < 0.5 else topic.query
-        rows += prompts_of(cut(query, MAX_QUERY_TOKENS), cut(better, tokens), cut(worse, tokens))
-    return rows
+    by_text = {topic.texts[topic.grades.index(1)]: topic for topic in collection.topics if any(topic.grades)}
+    texts = list(by_text)
+    rng.shuffle(texts)
+    found = []
+    for text in itertools.islice(itertools.cycle(texts), count):
+        others = [other for other in by_text[text].texts[:30] if other in by_text] if near else texts
+        other = rng.choice([one for one in others if one != text] or texts)
+        both = [text, other] if rng.random() < 0.5 else [other, text]
+        passages = [cut(one, MAX_PASSAGE_TOKENS) for one in both]
+        asked = [(by_text[one].query, place) for place, one in enumerate(both)]
+        while len(asked) < QUERIES:
+            place = rng.randrange(2)
+            words = (
+                passages[place] if rng.random() < 0.5 else both[place][len(passages[place]) :] or passages[place]
+            ).split()
+            start = rng.randint(0, max(0, len(words) - 8))
+            asked.append((" ".join(words[start : start + rng.randint(3, 8)]), place))
+        rng.shuffle(asked)
+        asked = [(query.lower() if rng.random() < 0.5 else query, place) for query, place in asked]
+        found.append(window(passages, [(cut(query, MAX_QUERY_TOKENS), place) for query, place in asked]))
+    return found
 
 
-def judged_prompts(collections: Sequence[Collection], count: int, *, cut: Cut, seed: int) -> list[dict[str, str]]:
-    """Up to `count` prompts of judged pairs, as many of each topic."""
+def judged_windows(collections: Sequence[Collection], count: int, *, cut: Cut, seed: int) -> list[dict[str, str]]:
+    """Up to `count` prompts of judged pairs, each pair in both orders, as many of each topic."""
     rng = random.Random(seed)
     topics = [topic for collection in collections for topic in collection.topics]
-    rows: list[dict[str, str]] = []
+    found = []
     for topic in topics:
         query = cut(topic.query, MAX_QUERY_TOKENS)
-        for pair in draw_pairs(topic, count // 2 // len(topics), rng):
+        for pair in draw_pairs(topic, max(1, count // 2 // len(topics)), rng):
             better, worse = (cut(topic.texts[place], MAX_PASSAGE_TOKENS) for place in pair)
-            rows += prompts_of(query, better, worse)
-    return rows
+            found += [window([better, worse], [(query, 0)]), window([worse, better], [(query, 1)])]
+    return found

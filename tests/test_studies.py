@@ -247,8 +247,8 @@ def collections(tmp_path: Path) -> Path:
 def test_the_judge_is_trained_and_asked(collections: Path, tmp_path: Path) -> None:
     options = ["--model", "shoal-e2e", "--data", collections, "--work", tmp_path / "work"]
     result, printed = run("judge.py", *options)
-    assert [one["stage"] for one in result["training"]] == ["any", "near", "judged"]
-    assert [one["steps"] for one in result["training"]] == [2, 2, 2]
+    assert [one["stage"] for one in result["training"]] == ["papers", "judged"]
+    assert [one["steps"] for one in result["training"]] == [2, 2]
     assert set(result["pairs"]) == {"arxiv", "vaswani", "dl19", "dl20", "scifact", "cranfield"}
     for models in result["pairs"].values():
         assert set(models) == {"start", "judge", "judge at half depth"}
