@@ -2,9 +2,9 @@
 
     python studies/judge.py --data ../shared/data --model ~/.cache/shoal/studies/general_model/general --save
 
-The general model learns to answer the prompt of `judge_template.toml` in two stages, with `tune`: beginnings of arXiv abstracts, and
-their titles, words and further sentences as queries; then judged pairs of Vaswani and TREC DL 2019, half and half with the first
-stage's. DL20, SciFact and Cranfield are never read for it.
+The general model learns to answer the prompt of `judge_template.toml` in two stages, with `tune`: beginnings of arXiv abstracts,
+and their titles, words and further sentences as queries; then judged pairs of Vaswani and TREC DL 2019. DL20, SciFact and Cranfield
+are never read for it.
 
 Then it is asked through the engine. Pairs of topics that were held back and of the test collections, in both directions, say how
 often it is right. Rankings under budgets say what that is worth: margins, one call per question in a drawn direction. Answers are
@@ -93,11 +93,11 @@ def main() -> None:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Three stages of training, then questions."""
+    """Two stages of training, then questions."""
     start = load(options.model)
     settings = {
-        "start": start.name, "stages": STAGES, "steps": options.steps, "papers": PAPERS, "topics": options.topics, "pairs": options.pairs,
-        "quick": options.quick,
+        "start": start.name, "stages": STAGES, "steps": options.steps, "papers": PAPERS,
+        "topics": options.topics, "pairs": options.pairs, "quick": options.quick,
     }  # fmt: skip
     open_work(options.work, settings)
     collections = {name: judged(options.data, name) for name in (*TRAINED_ON, *HELD_OUT)}
@@ -173,12 +173,11 @@ def train(
 
 def windows(stage: str, data: Path, count: int, collections: dict[str, Collection], cut: Cut) -> list[dict[str, str]]:
     """`count` examples of a stage, so that each is read once."""
+    if stage == "judged":
+        return judged_windows([split(collections[name])[0] for name in TRAINED_ON], count, cut=cut, seed=3)
     papers = arxiv(data, "train", PAPERS)
-    if stage == "papers":
-        apart = paper_windows(papers, count // 2, near=False, cut=cut, seed=1)
-        return apart + paper_windows(papers, count - len(apart), near=True, cut=cut, seed=2)
-    pairs = judged_windows([split(collections[name])[0] for name in TRAINED_ON], count // 2, cut=cut, seed=3)
-    return pairs + paper_windows(papers, count - len(pairs), near=True, cut=cut, seed=4)
+    apart = paper_windows(papers, count // 2, near=False, cut=cut, seed=1)
+    return apart + paper_windows(papers, count - len(apart), near=True, cut=cut, seed=2)
 
 
 def sample(collection: Collection, count: int) -> Collection:

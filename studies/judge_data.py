@@ -1,6 +1,6 @@
 """What the comparator of `judge.py` is trained on and asked about: pairs of documents of different grades, in the oracle's prompts.
 
-Judgements are few: 102 topics. A model this small reads a query without looking back at the passages at all until it has been asked
+Judgements are few: 95 topics. A model this small reads a query without looking back at the passages at all until it has been asked
 far more often, so most training text is made: two passages and several queries about them, each with its answer,
 
     Passage A: ...    Passage B: ...    Query: ... Better passage: B    Query: ... Better passage: A
