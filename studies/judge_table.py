@@ -24,6 +24,9 @@ PAIR_COLUMNS = {
 
 def describe(result: dict[str, Any]) -> str:
     """All tables, in Markdown."""
+    settings = result["settings"]
+    sizes = " and ".join(map(str, settings["steps"]))
+    about = f"Trained for {sizes} steps; {settings['pairs']} pairs and {settings['topics']} topics of each collection were asked for."
     stages = table(
         ["stage", "prompts", "tokens", "loss at its end", "seconds"],
         [
@@ -41,7 +44,7 @@ def describe(result: dict[str, Any]) -> str:
         for name, models in result["pairs"].items()
         for who, one in models.items()
     ]
-    parts = [stages, table(["pairs, %", "model", "pairs", *PAIR_COLUMNS.values()], rows)]
+    parts = [about, stages, table(["pairs, %", "model", "pairs", *PAIR_COLUMNS.values()], rows)]
     for one in result["rankings"]:
         rows = [[FIRST_STAGE, *[shown(one["first_stage"])] * len(BUDGETS), "", "0", "0", "0"]]
         for ranker, points in one["arms"].items():

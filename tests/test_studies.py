@@ -251,7 +251,7 @@ def test_the_judge_is_trained_and_asked(collections: Path, tmp_path: Path) -> No
     assert [one["steps"] for one in result["training"]] == [2, 2]
     assert set(result["pairs"]) == {"arxiv", "vaswani", "dl19", "dl20", "scifact", "cranfield"}
     for models in result["pairs"].values():
-        assert set(models) == {"start", "judge", "judge at half depth"}
+        assert set(models) == {"start", "judge"}
         assert len({one["first stage"][0] for one in models.values()}) == 1, "all are asked about the same pairs"
     assert [one["collection"] for one in result["rankings"]] == ["dl20", "scifact", "cranfield"]
     for one in result["rankings"]:
