@@ -73,6 +73,9 @@ def main() -> None:
     options.add_argument("--model", required=True, help="checkpoint to start from, such as that of general_model.py")
     options.add_argument("--steps", type=int, nargs=2, default=[350, 250], help="of the two stages of training")
     options.add_argument("--topics", type=int, default=12, help="of each test collection, for rankings")
+    options.add_argument(
+        "--rank", nargs="*", default=HELD_OUT, choices=HELD_OUT, help="collections to rank; none: pairs only"
+    )
     options.add_argument("--pairs", type=int, default=300, help="of each collection, for accuracy")
     options.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of tensor operations")
     options.add_argument("--work", type=Path, default=CACHE / "judge", help="parts that are done")
@@ -126,7 +129,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     cached = CachedModel(judge, AnswerCache(options.work / "answers"))
     rankings = [
         part(options.work, f"rankings-{name}", partial(ask_rankings, cached, sample(collections[name], options.topics)))
-        for name in HELD_OUT
+        for name in options.rank
     ]
     return {
         "settings": settings, "conditions": conditions(), "training": training, "pairs": pairs, "rankings": rankings,

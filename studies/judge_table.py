@@ -26,7 +26,7 @@ def describe(result: dict[str, Any]) -> str:
     """All tables, in Markdown."""
     settings = result["settings"]
     sizes = " and ".join(map(str, settings["steps"]))
-    about = f"Trained for {sizes} steps; {settings['pairs']} pairs and {settings['topics']} topics of each collection were asked for."
+    about = f"Trained for {sizes} steps; {settings['pairs']} pairs and {settings['topics']} topics per collection asked for."
     stages = table(
         ["stage", "prompts", "tokens", "loss at its end", "seconds"],
         [
