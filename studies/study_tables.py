@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import deep_reading
+import judge_table
 import long_outputs
 import probes
 import ranking
@@ -34,6 +35,7 @@ DESCRIBE = {
     "self_drafting": self_drafting.describe,
     "probes": probes.describe,
     "ranking": ranking.describe,
+    "judge": judge_table.describe,
     "sentinel": sentinel.describe,
     "sentinel_shipped": sentinel.describe,
     "sentinel_depth": sentinel_depth.describe,

@@ -205,3 +205,64 @@ def test_the_sentinels_answers_stay(every_set: Path, tmp_path: Path) -> None:
     assert len(times) == 1
     lines = (tmp_path / "traces-0.jsonl").read_text().splitlines()
     assert len({json.loads(line)["slice"] for line in lines}) == 12
+
+
+@pytest.fixture
+def collections(tmp_path: Path) -> Path:
+    """Every test collection, each in its own format, with queries of a word and documents that hold it or do not."""
+    data = tmp_path / "data"
+    words = ["pub", "river", "food", "city"]
+    texts = [f"a {words[i % 4]} place, number {i}" for i in range(24)]
+    judged = [(query, place) for query in range(4) for place in range(24) if place % 4 == query and place % 3]
+
+    def put(path: str, text: str) -> None:
+        (data / path).parent.mkdir(parents=True, exist_ok=True)
+        (data / path).write_text(text, encoding="utf-8")
+
+    papers = [json.dumps({"id": str(i), "title": f"On {i}", "abstract": text}) for i, text in enumerate(texts)]
+    (data / "arxiv_abstract_title").mkdir(parents=True)
+    for part in ("train", "dev"):
+        (data / "arxiv_abstract_title" / f"{part}.jsonl.gz").write_bytes(gzip.compress("\n".join(papers).encode()))
+    qrels = "\n".join(f"{query} 0 {place} 1" for query, place in judged)
+    for name in ("dl19", "dl20"):
+        entries = [
+            {"query": word, "hits": [{"qid": query, "docid": i, "content": text, "score": 24 - i} for i, text in enumerate(texts)]}
+            for query, word in enumerate(words)
+        ]  # fmt: skip
+        put(f"ir_trec_dl_2019_2020_bm25/retrieve_results_{name}.json", json.dumps(entries))
+        put(f"ir_trec_dl_2019_2020_bm25/qrels.{name}-passage.txt", qrels)
+    corpus = [json.dumps({"doc_id": i, "title": text, "abstract": []}) for i, text in enumerate(texts)]
+    put("ir_scifact/corpus.jsonl", "\n".join(corpus))
+    put("ir_scifact/topics.test.tsv", "\n".join(f"{query}\t{word}" for query, word in enumerate(words)))
+    put("ir_scifact/qrels.test.txt", qrels)
+    put("ir_cranfield/cran.all.1400", "".join(f".I {i}\n.T\n{text}\n.W\n{text}\n" for i, text in enumerate(texts)))
+    put("ir_cranfield/cran.qry", "".join(f".I {query}\n.W\n{word}\n" for query, word in enumerate(words)))
+    put("ir_cranfield/cranqrel", "\n".join(f"{query + 1} {place} 3" for query, place in judged))
+    put("ir_vaswani/doc-text.trec", "".join(f"<DOC>\n<DOCNO>{i}</DOCNO>\n{t}\n</DOC>\n" for i, t in enumerate(texts)))
+    put("ir_vaswani/query-text.trec", "".join(f"<num>{q}</num><title>\n{w}\n</title>" for q, w in enumerate(words)))
+    put("ir_vaswani/qrels", qrels)
+    return data
+
+
+def test_the_judge_is_trained_and_asked(collections: Path, tmp_path: Path) -> None:
+    options = ["--model", "shoal-e2e", "--data", collections, "--work", tmp_path / "work"]
+    result, printed = run("judge.py", *options)
+    assert [one["stage"] for one in result["training"]] == ["papers", "judged"]
+    assert [one["steps"] for one in result["training"]] == [2, 2]
+    assert set(result["pairs"]) == {"arxiv", "vaswani", "dl19", "dl20", "scifact", "cranfield"}
+    for models in result["pairs"].values():
+        assert set(models) == {"start", "judge"}
+        assert len({one["first stage"][0] for one in models.values()}) == 1, "all are asked about the same pairs"
+    assert [one["collection"] for one in result["rankings"]] == ["dl20", "scifact", "cranfield"]
+    for one in result["rankings"]:
+        assert all(row["calls"] <= row["budget"] for rows in one["arms"].values() for row in rows)
+    assert "- On pairs of test collections" in printed
+
+    # As if it had been interrupted: what was asked is not asked again, and training is not done again.
+    (tmp_path / "work" / "rankings-dl20.json").unlink()
+    (tmp_path / "work" / "pairs-dl20-judge.json").unlink()
+    weights = (tmp_path / "work" / "judged" / "model.safetensors").stat().st_mtime_ns
+    again, _ = run("judge.py", *options)
+    assert again["rankings"] == result["rankings"]
+    assert again["pairs"] == result["pairs"]
+    assert (tmp_path / "work" / "judged" / "model.safetensors").stat().st_mtime_ns == weights
