@@ -3,9 +3,9 @@
     python studies/sentinel_arithmetic.py --save
 
 A Llama of 3 layers and width 128 over characters learns additions, subtractions and sums of digits, the answer's last digit first,
-from random ones; longer numbers are rarer in training. The slices were fixed before any answer was seen: `add 2` to `add 6`, `sub 2`
-to `sub 6` by number of digits, `terms 3` to `terms 8`, 250 prompts each, none of them trained on. What is asked of the sentinel is in
-`sentinel.py`. No data is needed; a quarter of an hour on one core.
+from random ones; longer numbers are rarer in training. The slices were fixed before any answer was seen: `add 2` to `add 6` and
+`sub 2` to `sub 6` by number of digits, `terms 3` to `terms 8`, 250 prompts each, none of them trained on. What is asked of the
+sentinel is in `sentinel.py`. No data is needed; a quarter of an hour on one core.
 """
 
 from __future__ import annotations

@@ -38,6 +38,7 @@ DESCRIBE = {
     "judge": judge_table.describe,
     "sentinel": sentinel.describe,
     "sentinel_shipped": sentinel.describe,
+    "sentinel_arithmetic": sentinel.describe,
     "sentinel_depth": sentinel_depth.describe,
     "reproduction": reproduce_tables.describe,
 }
