@@ -207,6 +207,16 @@ def test_the_sentinels_answers_stay(every_set: Path, tmp_path: Path) -> None:
     assert len({json.loads(line)["slice"] for line in lines}) == 12
 
 
+def test_arithmetic_slices_are_answered(tmp_path: Path) -> None:
+    """A network of four steps answers every slice, with a trace."""
+    command = [sys.executable, str(STUDIES / "sentinel_arithmetic.py"), "--quick", "--threads", "1", "--work", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "traces-0.jsonl").read_text().splitlines()]
+    assert len(lines) == 16 * 3
+    assert all(line["trace"]["entropies"] and line["prompt"].endswith("=") for line in lines)
+
+
 @pytest.fixture
 def collections(tmp_path: Path) -> Path:
     """Every test collection, each in its own format, with queries of a word and documents that hold it or do not."""
