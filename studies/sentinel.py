@@ -315,7 +315,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
                 continue
             x = [one["accuracy"] for one in some]
             y = [one["estimate"] for one in some]
-            spread = [[one["estimate"] - one["low"] for one in some], [one["high"] - one["estimate"] for one in some]]
+            below = [max(0.0, one["estimate"] - one["low"]) for one in some]  # near 0 and 1 an estimate may lie outside
+            spread = [below, [max(0.0, one["high"] - one["estimate"]) for one in some]]
             panel.errorbar(x, y, yerr=spread, fmt="o", ms=4, lw=1, color=color, label=family)
         beside.plot(
             [b["p"] for b in run["calibration"]], [b["right"] for b in run["calibration"]], "o-", color=COLORS[0]
