@@ -12,7 +12,13 @@ import pytest
 
 pytest.importorskip("scipy", reason="scipy is not installed (the extra baselines)")
 
+from running import running
+from shoal import Engine
+from shoal.models.memory import drop_freed
+from shoal.serve import worker
+from shoal.serve.config import ServeConfig
 from soak import slope
+from soak_requests import exchange
 
 SOAK = Path(__file__).parents[1] / "soak.py"
 
@@ -49,3 +55,17 @@ def test_slopes() -> None:
     assert flat["low"] < 0 < flat["high"]
     assert rising["low"] < 50 < rising["high"]
     assert rising["low"] > 40
+
+
+def test_freed_memory_goes_back_between_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Again and again while requests run, not before the first is there."""
+    times = []
+    monkeypatch.setattr(worker, "TRIM_EVERY_S", 0)
+    monkeypatch.setattr(worker, "drop_freed", lambda: times.append(drop_freed()))
+    body = {"model": "shoal-e2e", "prompt": "name[The Mill]", "max_tokens": 8, "ignore_eos": True}
+    with running(
+        Engine.from_pretrained("shoal-e2e", max_batch=2, cache_gib=0.1), ServeConfig(model="shoal-e2e")
+    ) as url:
+        assert not times
+        assert exchange(url.removeprefix("http://"), "/v1/completions", json.dumps(body).encode())[0] == 200
+    assert len(times) >= 8

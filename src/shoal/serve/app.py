@@ -110,7 +110,7 @@ class Server:
         """The application ends; its requests have been answered."""
         await self.worker.close()
         self._preparing.shutdown()
-        self._ranking.shutdown()
+        await asyncio.to_thread(self._ranking.shutdown)  # a ranking's thread may be about to ask the event loop
 
 
 def note(request: Request, reply: Reply, done: list[Generation]) -> None:
