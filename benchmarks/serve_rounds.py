@@ -135,10 +135,7 @@ class Rounds:
     def loaded(self, variant: Variant, *, rate_per_s: float, requests: int, seeds: list[int]) -> Sample:
         """Poisson arrivals; the n-th round of every variant has the n-th seed."""
         self.server.ask(waves=variant.waves)
-        times = arrivals(rate_per_s, requests, seeds.pop(0))
-        began = time.perf_counter()
-        answers = asyncio.run(open_loop(self.target(variant), times))
-        return Sample(answers=answers, seconds=time.perf_counter() - began, arrivals_s=times[-1])
+        return sent_at_random(self.target(variant), arrivals(rate_per_s, requests, seeds.pop(0)))
 
     def peer_saturated(self, server: PeerServer, *, fillings: int) -> Sample:
         """The closed loop on another engine's server."""
@@ -153,11 +150,8 @@ class Rounds:
 
     def peer_loaded(self, server: PeerServer, *, rate_per_s: float, requests: int, seeds: list[int]) -> Sample:
         """Poisson arrivals on another engine's server."""
-        times = arrivals(rate_per_s, requests, seeds.pop(0))
         with server:
-            began = time.perf_counter()
-            answers = asyncio.run(open_loop(self.peer_target(server), times))
-        return Sample(answers=answers, seconds=time.perf_counter() - began, arrivals_s=times[-1])
+            return sent_at_random(self.peer_target(server), arrivals(rate_per_s, requests, seeds.pop(0)))
 
     def forecast(self, variant: Variant) -> dict[str, Any]:
         """What the step-time model expects of full slots, as of now."""
@@ -187,6 +181,13 @@ class Rounds:
             "good_share": rounded(len(good) / len(answers)),
             "goodput_per_s": rounded(len(good) / arrivals_s),
         }
+
+
+def sent_at_random(target: Target, times: Sequence[float]) -> Sample:
+    """Requests at these seconds, until all are answered."""
+    began = time.perf_counter()
+    answers = asyncio.run(open_loop(target, times))
+    return Sample(answers=answers, seconds=time.perf_counter() - began, arrivals_s=times[-1])
 
 
 def percentiles(values: Sequence[float]) -> dict[str, float]:
