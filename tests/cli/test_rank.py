@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import json
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner, Result
@@ -84,6 +90,92 @@ def test_ties_and_order_of_run_files(tmp_path: Path) -> None:
         path.write_text(text)
         with pytest.raises(InvalidInput, match=said):
             read_run(path)
+
+
+class Judge(ThreadingHTTPServer):
+    """A server that prefers the passage with more fish, and falls silent once it has answered `allowed` prompts."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Judging)
+        self.allowed = 10**9
+        self.answered: list[str] = []
+        self.lock = threading.Lock()
+
+
+class Judging(BaseHTTPRequestHandler):
+    server: Judge
+
+    def do_POST(self) -> None:
+        prompt = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["prompt"]
+        with self.server.lock:
+            if len(self.server.answered) >= self.server.allowed:
+                return self.close_connection_now()
+            self.server.answered.append(prompt)
+        first, second = (int(line.split()[4]) for line in prompt.splitlines() if line.startswith("Passage "))
+        choice = {"index": 0, "text": f" Passage {'AB'[first < second]}", "finish_reason": "stop", "logprobs": None}
+        usage = {"prompt_tokens": 9, "completion_tokens": 3, "total_tokens": 12}
+        told = {"id": "1", "object": "text_completion", "created": 1, "model": "m", "choices": [choice], "usage": usage}
+        content = json.dumps(told).encode()
+        self.send_response(200)
+        for name, value in (("Content-Type", "application/json"), ("Content-Length", str(len(content)))):
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(content)
+
+    def close_connection_now(self) -> None:
+        """As of a server that was killed: no answer at all."""
+        self.close_connection = True
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Nothing."""
+
+
+@contextmanager
+def judging() -> Iterator[Judge]:
+    with Judge() as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@pytest.mark.parametrize("died_after", [1, 17, 30])
+def test_goes_on_after_a_server_died(docs: Path, tmp_path: Path, died_after: int) -> None:
+    """Three queries; the server dies in the first, the second or the third. The same command goes on: it ends as if nothing had
+    happened, and no prompt is answered twice over both."""
+    topics, run = tmp_path / "topics.tsv", tmp_path / "in.trec"
+    topics.write_text("1\tone fish\n2\ttwo fish\n3\tthree fish\n")
+    run.write_text("".join(run_lines(query, [one["id"] for one in DOCS], "bm25") for query in "123"))  # type: ignore[misc]
+    with judging() as server:
+        command = (
+            "--queries", topics, "--run", run, "--docs", docs, "-m", f"http://127.0.0.1:{server.server_port}/v1#m",
+            "--mode", "generate", "--budget", 14, "-k", 3, "--batch", 4, "--max-retries", 0,
+        )  # fmt: skip
+        whole = shoal(*command, "-o", tmp_path / "whole.jsonl")
+        assert whole.exit_code == 0, whole.output
+        asked, server.answered = Counter(server.answered), []
+        assert sum(asked.values()) == 42
+        out = tmp_path / "out.jsonl"
+        server.allowed = died_after
+        failed = shoal(*command, "-o", out)
+        assert failed.exit_code == 1, failed.output
+        assert f"query '{1 + died_after // 14}'" in failed.output
+        assert not out.exists()
+        server.allowed = 10**9
+        again = shoal(*command, "-o", out)
+        assert again.exit_code == 0, again.output
+        assert f"42 calls ({42 - died_after} paid for now)" in again.output
+        assert Counter(server.answered) == asked
+    ended, expected = (
+        [json.loads(line) for line in path.read_text().splitlines()] for path in (out, tmp_path / "whole.jsonl")
+    )
+    for line in (*ended, *expected):
+        del line["paid_calls"]
+    assert ended == expected
+    assert all(line["documents"] != [one["id"] for one in DOCS] for line in ended)
 
 
 def test_bad_input(docs: Path, tmp_path: Path) -> None:
