@@ -15,6 +15,7 @@ import judge_table
 import long_outputs
 import probes
 import ranking
+import ranking_claims
 import recipe_table
 import self_drafting
 import sentinel
@@ -35,6 +36,7 @@ DESCRIBE = {
     "self_drafting": self_drafting.describe,
     "probes": probes.describe,
     "ranking": ranking.describe,
+    "ranking_claims": ranking_claims.describe,
     "judge": judge_table.describe,
     "sentinel": sentinel.describe,
     "sentinel_shipped": sentinel.describe,

@@ -59,6 +59,21 @@ def test_answers_calibrate_the_noise() -> None:
             assert np.corrcoef(belief.mean(), relevance)[0, 1] > 0.9
 
 
+def test_relevance_is_a_share_of_what_the_comparator_likes() -> None:
+    """Posterior of r in u = r + m by conditioning the joint Gaussian of [r, u] on differences of u seen with noise."""
+    prior, sd, trust = np.array([1.0, 0.2, -1.2]), 1.3, 0.7
+    belief = Belief(prior, (Hypothesis(0.5, 0.1, 0.4, sd, trust),))
+    for i, j, share in ((0, 1, 0.0), (1, 2, 1.0), (0, 2, 0.0)):
+        belief.learn(i, j, share)
+    # regress r on u: cov(r, u) / var(u), both before any answer
+    joint = np.kron(np.array([[trust, trust], [trust, 1.0]]), sd**2 * np.eye(3))
+    slope = joint[:3, 3:] @ np.linalg.inv(joint[3:, 3:])
+    mean, covariance, blur, _ = belief.mixture()
+    assert mean == pytest.approx(0.4 * prior + slope @ (belief.means[0] - 0.4 * prior))
+    assert covariance == pytest.approx(slope @ belief.covariances[0] @ slope.T)
+    assert blur == pytest.approx(trust * 0.5)
+
+
 def test_covariances_stay_covariances() -> None:
     """Symmetric, no negative variance, never wider than before."""
     belief = Belief(np.zeros(20), (Hypothesis(0.5, 0.1, 0.5, 1.0), Hypothesis(1.5, 0.0, 0.5, 1.0)))

@@ -23,12 +23,11 @@ from shoal.rank.questions import Question, Round, Rounds, Task
 from shoal.rank.rankers.belief import SQRT_2PI, Belief, Floats, Hypothesis, normal_cdf
 
 HYPOTHESES = tuple(
-    Hypothesis(blur, lapse, weight, sd)
+    Hypothesis(blur, lapse, prior_weight=0.4, prior_sd=1.4, trust=0.7)
     for blur in (0.3, 0.8, 1.6)
     for lapse in (0.02, 0.15)
-    for weight, sd in ((0.6, 1.0),)
 )
-"""Between which the answers decide."""
+"""Between which the answers decide. The constants were chosen on DL19 and Vaswani (docs/log.md)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,13 +1,21 @@
-"""What an adaptive ranker believes: a Gaussian over the documents' relevance, under each of a few hypotheses.
+"""What an adaptive ranker believes: a Gaussian over how the comparator likes the documents, under each of a few hypotheses.
 
-A hypothesis says how much the first stage is worth, and how an answer about i and j comes from their difference in relevance, d:
+A hypothesis says how much the first stage is worth, and how an answer about i and j comes from their difference in liking, d:
 
     P(i wins | d) = e + (1 - 2 e) Phi(d / s)
 
-`s` blurs close pairs, `e` turns over any answer. Each hypothesis holds a mean [n] and a covariance [n, n], and after each answer
-the Gaussian that matches the first two moments of the exact posterior (assumed-density filtering, as in TrueSkill, with the full
-covariance: an answer about i and j moves all documents that are correlated with them). Hypotheses are weighted by how well each
-predicted the answers before it saw them, which is how the noise is calibrated as the ranking goes on.
+`s` blurs close pairs, `e` turns over any answer. What the comparator likes is not what is relevant: it misjudges a document the
+same way however often it is asked. With u = r + m, relevance r ~ N(prior, t sd^2) and a taste m ~ N(0, (1 - t) sd^2) that is the
+comparator's own, only the share t (`trust`) of what answers say about u is about r:
+
+    E[r] = prior + t (E[u] - prior)
+
+so with t = 0.7 a document that the first stage has at 0 and the answers at 2 counts as 1.4.
+
+Each hypothesis holds a mean [n] and a covariance [n, n] of u, and after each answer the Gaussian that matches the first two moments
+of the exact posterior (assumed-density filtering, as in TrueSkill, with the full covariance: an answer about i and j moves all
+documents that are correlated with them). Hypotheses are weighted by how well each predicted the answers before it saw them, which
+is how the noise is calibrated as the ranking goes on.
 """
 
 from __future__ import annotations
@@ -33,7 +41,9 @@ class Hypothesis:
     prior_weight: float
     """Relevance that one standard deviation of the first stage's scores is worth."""
     prior_sd: float
-    """Standard deviation of relevance about what the first stage says."""
+    """Standard deviation of what the comparator likes about what the first stage says."""
+    trust: float = 1.0
+    """t: the share of that variance which is relevance."""
 
 
 class Belief:
@@ -43,7 +53,9 @@ class Belief:
         """`prior`, [n]: the first stage's scores with mean 0 and standard deviation 1."""
         self.blur = np.array([one.blur for one in hypotheses])
         self.lapse = np.array([one.lapse for one in hypotheses])
-        self.means = np.stack([one.prior_weight * prior for one in hypotheses])
+        self.trust = np.array([one.trust for one in hypotheses])
+        self.priors = np.stack([one.prior_weight * prior for one in hypotheses])
+        self.means = self.priors.copy()
         self.covariances = np.stack([one.prior_sd**2 * np.eye(len(prior)) for one in hypotheses])
         self.log_weights = np.zeros(len(hypotheses))
 
@@ -76,16 +88,22 @@ class Belief:
         return result
 
     def mixture(self) -> tuple[Floats, Floats, float, float]:
-        """Mean [n] and covariance [n, n] over all hypotheses, and their mean blur and lapse."""
+        """Of relevance over all hypotheses: mean [n], the covariance [n, n] that answers can still resolve, mean blur and lapse."""
         weights = self.weights()
-        mean = weights @ self.means
-        apart = self.means - mean
-        covariance = np.tensordot(weights, self.covariances, 1) + (weights[:, None] * apart).T @ apart
-        return mean, covariance, float(weights @ self.blur), float(weights @ self.lapse)
+        relevance = self._relevance()
+        mean = weights @ relevance
+        apart = relevance - mean
+        covariance = np.tensordot(weights * self.trust**2, self.covariances, 1) + (weights[:, None] * apart).T @ apart
+        return mean, covariance, float(weights @ (self.trust * self.blur)), float(weights @ self.lapse)
 
     def mean(self) -> Floats:
         """[n]: expected relevance."""
-        result: Floats = self.weights() @ self.means
+        result: Floats = self.weights() @ self._relevance()
+        return result
+
+    def _relevance(self) -> Floats:
+        """[hypotheses, n]: E[r]."""
+        result: Floats = self.priors + self.trust[:, None] * (self.means - self.priors)
         return result
 
 
