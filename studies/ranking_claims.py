@@ -43,7 +43,7 @@ def describe(result: dict[str, Any]) -> str:
         ["quicksort needs fewer inferences than heapsort at batches of 2", "44% fewer",
          f"{saved_at_2:.0%} fewer (at 1: {saved_at_1:.0%})", holds(saved_at_2 > 0.3)],
         ["... when each pair is asked in both directions", "44% fewer",
-         f"{both[1]:.0f} batches against {both[0]:.0f}: a pair fills a batch of 2; at 8 {1 - ratio(claims, 'batches_of_8'):.0%} fewer",
+         f"{both[1]:.0f} batches against {both[0]:.0f}: a pair fills one; at 8 {1 - ratio(claims, 'batches_of_8'):.0%} fewer",
          holds(saved_both > 0.3)],
         ["a cache saves bubblesort's calls", "46%", f"{exact:.0%} if answers are true, {noisy:.0%} if they err",
          holds(noisy > 0.36)],
