@@ -143,6 +143,12 @@ def serve_gates(run: dict[str, Any]) -> Iterator[Gate]:
         yield Gate(what=f"{label} served over forecast", case=case, value=over, at_least=0.9, at_most=1.1)
 
 
+def rank_gates(run: dict[str, Any]) -> Iterator[Gate]:
+    """Whether ranking takes little beside asking."""
+    name, seconds = max(run["seconds_per_1000_queries"].items(), key=lambda pair: float(pair[1]))
+    yield Gate(what=f"seconds of the slowest ranker, {name}", case=run["case"], value=seconds, at_most=120)
+
+
 GATES: dict[str, Callable[[dict[str, Any]], Iterator[Gate]]] = {
     "decode": decode_gates,
     "clocks": clocks_gates,
@@ -151,6 +157,7 @@ GATES: dict[str, Callable[[dict[str, Any]], Iterator[Gate]]] = {
     "drafting": drafting_gates,
     "entropy": entropy_gates,
     "probes": probes_gates,
+    "rank": rank_gates,
     "serve": serve_gates,
 }
 HEADER = ("gate", "case", "measured", "wanted", "")

@@ -1,6 +1,6 @@
 """How long rankers take to think: 1,000 queries of 100 documents, budget 200, batch 32, without the oracle's time.
 
-    python benchmarks/rank.py --save
+    python benchmarks/rank.py --save --gates
 
 Answers are read from a matrix that is made beforehand, so what is timed is the rankers and the executor, in one process on one
 core; queries do not depend on each other, so more cores take less.
@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from gates import print_gates
 from machine import conditions
 from report import parser, print_json, rounded, save
 from shoal.evaluate.markdown import table
@@ -23,8 +24,6 @@ from shoal.rank.rankers import RANKERS
 from shoal.rank.simulate import PUBLISHED, Simulated
 
 QUERIES, DOCUMENTS, BUDGET, BATCH = 1000, 100, 200, 32
-LIMIT_S = 120.0
-"""For 1,000 queries, whichever the ranker."""
 
 
 def main() -> None:
@@ -42,8 +41,7 @@ def main() -> None:
     }
     print(describe(run_of_all))
     if chosen.gates:
-        slowest = max(run_of_all["seconds_per_1000_queries"].values())
-        print(f"slowest {slowest:.0f} s, bound {LIMIT_S:.0f} s: {'kept' if slowest < LIMIT_S else 'broken'}")
+        print_gates("rank", [run_of_all])
     if chosen.save:
         save("rank", [run_of_all])
     print_json("rank", [run_of_all])

@@ -20,7 +20,9 @@ import entropy
 import gates
 import memory
 import prefill
+import prefixes
 import probes
+import rank
 import scaling
 import serve_tables
 import short_requests
@@ -46,6 +48,8 @@ SUMMARIES: dict[str, Callable[[list[dict[str, Any]]], str]] = {
     "drafting": each(drafting.describe),
     "entropy": entropy.describe,
     "probes": each(probes.describe),
+    "prefixes": each(prefixes.describe),
+    "rank": each(rank.describe),
     "serve": serve_tables.summary,
 }
 
