@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from ranking_figure import draw
 from shoal.errors import ShoalError
 from shoal.evaluate.markdown import table
 from shoal.evaluate.ranking import (
@@ -36,7 +37,7 @@ from shoal.rank.oracle import Oracle
 from shoal.rank.questions import Ranker, Task
 from shoal.rank.rankers import Bubblesort, Heapsort, Mohajer, Quicksort, ranker_named
 from shoal.rank.simulate import NOISE_MODELS, Simulated
-from study import CACHE, conditions, open_work, read_json, save, write_json
+from study import CACHE, RESULTS, conditions, open_work, read_json, save, write_json
 
 HELD_OUT = ("dl20", "scifact", "cranfield")
 TUNED_ON = ("dl19", "vaswani")
@@ -105,6 +106,7 @@ def main() -> None:
     print(describe(result))
     if chosen.save:
         save("ranking", result)
+        draw(result, RESULTS / "ranking.svg", BUDGETS)
     print(json.dumps({"study": "ranking", **{key: result[key] for key in ("seeds", "topics", "oracles")}}))
 
 
