@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from shoal import Dense, Sampling, SkipDecode
 from shoal.errors import InvalidInput, LanguageModelError, NoLogprobs
@@ -45,6 +49,50 @@ def test_local_scores_equal_whole_prompts(local: LocalModel) -> None:
         assert scores.usage.calls == passes
         assert scores.usage.ledger is not None
         assert scores.usage.prompt_tokens == scores.usage.ledger.prompt_tokens
+
+
+def test_one_call_or_none(local: LocalModel, remote: RemoteModel) -> None:
+    """Labels of a token each take one, what a server does not tell lies below its floor; others are refused, or told of as None."""
+    labels = ScoreJob(prompt="which:", continuations=("A", "B", "z"), one_call=True)
+    (ours,), (theirs,) = local.score([labels]), remote.score([labels])
+    assert ours.usage.calls == theirs.usage.calls == 1
+    assert theirs.floor is not None
+    assert ours.floor is None
+    for exact, told in zip(ours.logprobs, theirs.logprobs, strict=True):
+        assert exact is not None
+        assert exact <= theirs.floor + 1e-4 if told is None else told == pytest.approx(exact, abs=1e-4)
+    words = ScoreJob(prompt="which:", continuations=(" two", " three"), one_call=True)
+    with pytest.raises(InvalidInput, match="cannot score ' two', ' three' in one pass"):
+        local.score([words])
+    (theirs,) = remote.score([words])
+    assert (theirs.logprobs, theirs.usage.calls) == ((None, None), 1)
+
+
+def test_continuations_follow_what_the_tokenizer_appends(directory: Path, tmp_path: Path) -> None:
+    """Where every prompt ends in a separator, generation goes on behind it; so do scores, still in one pass."""
+    shutil.copytree(directory, tmp_path / "model")
+    tokenizer = Tokenizer.from_file(str(tmp_path / "model" / "tokenizer.json"))
+    end = tokenizer.token_to_id("</s>")
+    tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", end)])
+    tokenizer.save(str(tmp_path / "model" / "tokenizer.json"))
+    model = LocalModel.from_pretrained(tmp_path / "model", max_batch=4, cache_gib=0.2)
+    (scores,) = model.score([ScoreJob(prompt="which:", continuations=(" A", " B"), one_call=True)])
+    ids = {letter: tokenizer.encode(letter, add_special_tokens=False).ids for letter in ("which:", " A", " B")}
+    for letter, logprob in zip((" A", " B"), scores.logprobs, strict=True):
+        whole = [*ids["which:"], end, *ids[letter]]
+        (done,) = model.engine.generate([whole], Sampling(max_new_tokens=1, prompt_logprobs=1))
+        assert done.prompt_logprobs is not None
+        assert logprob == pytest.approx(sum(one.logprob for one in done.prompt_logprobs[-2:]), abs=1e-4)
+
+
+def test_answers_that_are_none() -> None:
+    """A server of something else is named, whatever it says."""
+    for body in ({"choices": [{"index": 0}]}, {"choices": 5}, {"answer": 42}):
+        with answering((200, body)) as (url, _), pytest.raises(LanguageModelError, match=r"answered"):
+            RemoteModel(url, "m").score(JOBS[:1])
+    for address in ("http://127.0.0.1:port/v1", "http://[::1/v1", "localhost:8000"):
+        with pytest.raises(InvalidInput, match="no address of a server"):
+            RemoteModel(address, "m")
 
 
 def test_remote_equals_local(local: LocalModel, remote: RemoteModel) -> None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from transformers import AutoTokenizer
 
 from families import save, tiny_model
 from running import running
@@ -19,7 +22,16 @@ from shoal.serve.config import ServeConfig
 
 DOCS = [f"{'x' * length} is {length}" for length in (3, 9, 1, 7, 5, 8, 2, 6, 4, 10)]
 LONGEST = [f"{'x' * length} is {length}" for length in range(10, 0, -1)]
-PASSAGE = re.compile(r"^(?:Passage \w+:|\[\d+\]) (.*)$", re.MULTILINE)
+PASSAGE = re.compile(r"^(?:Passage \w+:|\[\w\]) (.*)$", re.MULTILINE)
+LABEL_ALONE = """
+[alone]
+version = "1"
+kind = "pair"
+labels = ["A", "B"]
+passage = "{label}: {text}"
+answer = "{label}"
+text = "{query}\\n{passages}\\nbetter:"
+"""
 
 
 def sizes(prompt: str) -> list[float]:
@@ -36,7 +48,7 @@ def in_words(job: GenerateJob) -> str:
     found = sizes(job.prompt)
     places = sorted(range(len(found)), key=lambda one: -found[one])
     if "identifiers" in job.prompt:
-        return " > ".join(f"[{one + 1}]" for one in places)
+        return " > ".join(f"[{'ABCDEFGHIJ'[one]}]" for one in places)
     return f" Passage {'ABCDEFGH'[places[0]]}."
 
 
@@ -99,17 +111,28 @@ def test_directions_share_answers(tmp_path: Path) -> None:
 
 
 def test_here_and_on_a_server(tmp_path: Path) -> None:
-    """A tiny model gives the same order here and behind `shoal serve`, for as many calls and tokens."""
-    directory = save(tiny_model("llama", max_position_embeddings=2048), tmp_path)
+    """A tiny model gives the same order here and behind `shoal serve`, for as many tokens; each call is a pass, or a request."""
+    model = tiny_model("gpt_neox", max_position_embeddings=2048)
+    directory = save(model, tmp_path)
+    with torch.no_grad():  # a server tells its most probable tokens: the labels are always among them
+        labels = AutoTokenizer.from_pretrained(directory)(["A", "B"]).input_ids
+        bias = model.gpt_neox.final_layer_norm.bias.mul_(10)
+        model.lm_head.weight[torch.tensor(labels)[:, 0]] += 20 * bias / bias.square().sum()
+    save(model, tmp_path)
+    template = tmp_path / "alone.toml"
+    template.write_text(LABEL_ALONE)
+    settings: dict[str, Any] = {"k": 3, "budget": 25, "max_passage_tokens": 40, "template": str(template)}
     local = LocalModel.from_pretrained(directory, max_batch=4, cache_gib=0.2)
-    ours = rank("long ones", DOCS, model=local, k=3, budget=25, max_passage_tokens=40)
-    assert ours.cost.calls == 25
-    assert ours.cost.usage.ledger is not None
-    assert ours.cost.usage.prompt_tokens == ours.cost.usage.ledger.prompt_tokens > 25 * 100
+    ours = rank("long ones", DOCS, model=local, **settings)
+    assert ours.order != list(range(len(DOCS)))
     engine = Engine.from_pretrained(directory, max_batch=4, cache_gib=0.2)
     with running(engine, ServeConfig(model="tiny", max_queue=64)) as url:
-        theirs = rank("long ones", DOCS, model=RemoteModel(f"{url}/v1", "tiny"), k=3, budget=25, max_passage_tokens=40)
+        theirs = rank("long ones", DOCS, model=RemoteModel(f"{url}/v1", "tiny"), **settings)
     assert theirs.order == ours.order
+    for usage in (ours.cost.usage, theirs.cost.usage):
+        assert usage.calls == usage.paid_calls == 25
+    assert ours.cost.usage.ledger is not None
+    assert ours.cost.usage.prompt_tokens == ours.cost.usage.ledger.prompt_tokens == theirs.cost.usage.prompt_tokens
 
 
 def test_templates() -> None:
@@ -121,12 +144,16 @@ def test_templates() -> None:
     assert pair.answers(2) == (" Passage A", " Passage B")
     for text, wanted in (
         ("A", (1.0, 0.0)), (" Passage B", (0.0, 1.0)), ("passage b, since", (0.0, 1.0)), ("[A]", (1.0, 0.0)),
-        ("Apples", None), ("", None), ("Neither", None), ("Passage C", None),
+        ("**Passage A**", (1.0, 0.0)), ("Passage: B.", (0.0, 1.0)), ("B\n\nIt says so.", (0.0, 1.0)),
+        ("Apples", None), ("", None), ("Neither", None), ("Passage C", None), ("A better passage is B.", None),
+        ("A and B are equal", None), ("Passage A or Passage B: B", None), ("Passage A is less relevant", None), ("A. Not B.", None),
     ):  # fmt: skip
         assert pair.parse(text, 2) == wanted, text
-    assert listed.parse("[2] > [1]", 3) == (2.0, 3.0, 0.0)
-    assert listed.parse("[2] > [2]", 3) is None
-    assert listed.parse("2 > 1", 3) is None
+    assert load_template("set").parse("Passage C", 3) == (0.0, 0.0, 1.0)
+    assert listed.parse("[B] > [A]", 3) == (2.0, 3.0, 0.0)
+    for text in ("[B] > [B]", "B > A", "[D] > [A]", "[21] > [A]"):
+        assert listed.parse(text, 3) is None
+    assert (pair.parted(2), listed.parted(2)) == ((" Passage", (" A", " B")), (" [", ("A", "B")))
 
 
 def test_templates_that_are_none(tmp_path: Path) -> None:

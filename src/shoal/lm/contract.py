@@ -30,7 +30,7 @@ class Usage:
     """What answers took; `a + b` adds two."""
 
     calls: int = 0
-    """Questions answered, by whomever."""
+    """Prompts answered, by whomever: continuations that one pass cannot score take one each."""
     paid_calls: int = 0
     """Those that a model ran for; the others came from a cache."""
     prompt_tokens: int = 0
@@ -151,6 +151,8 @@ class ScoreJob:
     """Two or more make labels: where they differ in their last token only, one pass scores all."""
     template: str = ""
     """As in `GenerateJob`."""
+    one_call: bool = False
+    """Whether it must take one call only, for labels of a token each. Where a model cannot do that it raises `InvalidInput`."""
 
     def __post_init__(self) -> None:
         if not self.continuations or not all(self.continuations):
@@ -179,6 +181,8 @@ class Scores:
     """Natural logarithm, per continuation. None where the server tells the most probable tokens only and it is none of them."""
     usage: Usage
     """What it took."""
+    floor: float | None = None
+    """What is None above lies below this: the least that the server told."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -146,12 +146,21 @@ class EngineModel(ABC):
         tokenizer = self.engine.tokenizer
         if isinstance(job.prompt, str):
             prompt = encode(job.prompt, tokenizer)
-            whole = [encode(job.prompt + continuation, tokenizer) for continuation in job.continuations]
+            if ends_specially(prompt, tokenizer):  # generation goes on behind it, and so do continuations
+                whole = [prompt + encode_plain(continuation, tokenizer) for continuation in job.continuations]
+            else:
+                whole = [encode(job.prompt + continuation, tokenizer) for continuation in job.continuations]
         else:
             text = self._render(job.prompt)
             prompt = encode_plain(text, tokenizer)
             whole = [encode_plain(text + continuation, tokenizer) for continuation in job.continuations]
-        return Reading.of(prompt, whole)
+        reading = Reading.of(prompt, whole)
+        if job.one_call and len(reading.prompts) > 1:
+            raise InvalidInput(
+                f"{self.name} cannot score {', '.join(map(repr, job.continuations))} in one pass, since they are not a token each "
+                "here: use labels that are, or let the model write its answer"
+            )
+        return reading
 
 
 @dataclass
@@ -215,6 +224,12 @@ def scoring(num_tokens: int, labels: Labels | None = None) -> Sampling:
         prompt_logprobs=1 if num_tokens else None,
         prompt_logprobs_last=num_tokens or None,
     )
+
+
+def ends_specially(prompt: Tokens, tokenizer: Any) -> bool:
+    """Whether the tokenizer puts a special token behind every text, such as the separator of `shoal-e2e`."""
+    *_, last = tokenizer("a").input_ids
+    return last == prompt[-1] and last in tokenizer.all_special_ids
 
 
 def encode_plain(text: str, tokenizer: Any) -> Tokens:

@@ -4,7 +4,8 @@ Scores come from what such servers tell: the most probable first tokens. Three w
 
     labels on /v1/completions         the top log-probabilities of one new token
     labels on /v1/chat/completions    the same of the assistant's first token
-    longer continuations              /v1/completions with `echo`: the prompt's own log-probabilities, continuation included
+    longer continuations              /v1/completions with `echo`: the prompt's own log-probabilities, continuation included, a
+                                      call for each; not where the job must take one call
 
 A server that leaves log-probabilities out raises `NoLogprobs`: a comparison without them would be a guess.
 """
@@ -20,6 +21,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, cast
+from urllib.parse import urlsplit
 
 from shoal.errors import InvalidInput, LanguageModelError, MissingExtra, NoLogprobs
 from shoal.lm.contract import (
@@ -46,6 +48,8 @@ J = TypeVar("J", GenerateJob, ChatJob, ScoreJob)
 A = TypeVar("A", Reply, Scores)
 MAX_TOP = 20
 """Most probable tokens that OpenAI's API tells."""
+MALFORMED = (AttributeError, LookupError, TypeError, ValueError)
+"""What reading an answer raises whose fields are missing or of another type."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +101,9 @@ class RemoteModel:
         self.limits = limits or RemoteLimits()
         self.model, self.api, self.tokenizer = model, api, tokenizer
         self.base_url = base_url.rstrip("/")
-        self.name = f"{self.base_url}#{model}"
+        self.name = f"{self.base_url}#{model}" + (" by chat" if api == "chat" else "")
+        if not is_address(base_url):
+            raise InvalidInput(f"{base_url!r} is no address of a server: give one such as http://localhost:8000/v1")
         self._client = openai.OpenAI(
             base_url=self.base_url,
             api_key=api_key or os.environ.get("OPENAI_API_KEY") or "none",
@@ -150,7 +156,7 @@ class RemoteModel:
                     continue
                 try:
                     answer = future.result()
-                except (openai.OpenAIError, LanguageModelError) as error:
+                except (openai.OpenAIError, LanguageModelError, *MALFORMED) as error:
                     if failed is None:
                         failed = error
                         for other in places:
@@ -161,6 +167,10 @@ class RemoteModel:
                     on_done(places[future], answer)
         if isinstance(failed, openai.OpenAIError):
             raise self._explained(failed) from failed
+        if isinstance(failed, MALFORMED):
+            raise LanguageModelError(
+                f"{self.name} answered what is no answer of OpenAI's API ({failed}): is this the address of such a server's `/v1`?"
+            ) from failed
         if failed is not None:
             raise failed
         return [answers[place] for place in range(len(jobs))]
@@ -191,7 +201,7 @@ class RemoteModel:
             return self._answer([{"role": "user", "content": job.prompt}], job.decoding, [])
         answer = self._client.completions.create(model=self.model, prompt=job.prompt, **wire(job.decoding))
         choice = self._choice(answer)
-        return Reply(text=choice.text, finish_reason=choice.finish_reason or "stop", usage=used(answer))
+        return Reply(text=choice.text or "", finish_reason=choice.finish_reason or "stop", usage=used(answer))
 
     def _chatted(self, job: ChatJob) -> Reply:
         turns = [message_dict(message) for message in job.messages]
@@ -225,9 +235,10 @@ class RemoteModel:
         else:
             top, usage = self._top_of_completion(job)
         found = tuple(logprob_of(continuation, top) for continuation in job.continuations)
-        if any(one is None for one in found) and isinstance(job.prompt, str) and self.api == "completions":
+        can_echo = isinstance(job.prompt, str) and self.api == "completions" and not job.one_call
+        if can_echo and any(one is None for one in found):
             return self._echoed(job, usage)
-        return Scores(logprobs=found, usage=usage)
+        return Scores(logprobs=found, usage=usage, floor=min(top.values(), default=None))
 
     def _top_of_completion(self, job: ScoreJob) -> tuple[dict[str, float], Usage]:
         answer = self._client.completions.create(
@@ -289,6 +300,15 @@ class RemoteModel:
             f"{self.name} answered without the log-probabilities that it was asked for: "
             "use its generation instead (mode='generate'), or a server that tells them"
         )
+
+
+def is_address(url: str) -> bool:
+    """Whether a URL has a host, and no port that is none."""
+    try:
+        parts = urlsplit(url)
+        return bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
 
 
 def wire(decoding: Decoding) -> dict[str, Any]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from shoal.errors import InvalidInput
-from shoal.lm.contract import ChatJob, Decoding, GenerateJob, LanguageModel, Message, Prompt, ScoreJob
+from shoal.lm.contract import ChatJob, Decoding, GenerateJob, LanguageModel, Message, Prompt, ScoreJob, Scores
 from shoal.rank.oracle import Reading
 from shoal.rank.questions import Question
 from shoal.rank.templates import Template
@@ -21,8 +22,9 @@ LABEL_TOKENS = 6
 class Prompted:
     """A model asked about one query's passages.
 
-    `score` reads the log-probabilities of the possible answers: one pass, and every answer can be read. `generate` lets the model
-    write and reads its text; an answer that names no label, or one twice, is not guessed at.
+    `score` reads the log-probabilities of the labels behind what all answers begin with: one pass. A server tells those of its most
+    probable tokens only, so that an answer with no label among them cannot be read. `generate` lets the model write and reads its
+    text; an answer that is not a label, or is more than one, is not guessed at.
     """
 
     model: LanguageModel
@@ -52,18 +54,13 @@ class Prompted:
     def _score(self, presentations: Sequence[Question]) -> list[Reading]:
         jobs = []
         for shown in presentations:
-            prompt: Prompt = self._prompt(shown)
-            answers = self.template.answers(len(shown))
-            if self.chat:
-                prompt = (Message(role="user", content=str(prompt)),)
-                answers = tuple(answer.lstrip() for answer in answers)
-            jobs.append(ScoreJob(prompt=prompt, continuations=answers, template=self.template.key))
-        readings = []
-        for scores in self.model.score(jobs):
-            told = [logprob for logprob in scores.logprobs if logprob is not None]
-            complete = len(told) == len(scores.logprobs)
-            readings.append(Reading(tuple(told) if complete else None, scores.usage))
-        return readings
+            lead, labels = self.template.parted(len(shown))
+            prompt: Prompt = self._prompt(shown) + lead
+            if self.chat:  # a turn cannot be begun for the model: it has to say the label at once
+                prompt = (Message(role="user", content=self._prompt(shown)),)
+                labels = self.template.labels[: len(shown)]
+            jobs.append(ScoreJob(prompt=prompt, continuations=labels, template=self.template.key, one_call=True))
+        return [Reading(preferences(scores), scores.usage) for scores in self.model.score(jobs)]
 
     def _generate(self, presentations: Sequence[Question]) -> list[Reading]:
         prompts = [self._prompt(shown) for shown in presentations]
@@ -91,3 +88,13 @@ class Prompted:
 
     def _labels_written(self, shown: Question) -> int:
         return len(shown) if self.template.kind == "list" else 1
+
+
+def preferences(scores: Scores) -> tuple[float, ...] | None:
+    """Log-probabilities of all labels; of those that a server does not tell, its floor: (-0.1, None) above a floor of -4 are
+    (-0.1, -4). None where it tells none, or what is no number."""
+    if all(one is None for one in scores.logprobs):
+        return None
+    told = tuple(scores.floor if one is None else one for one in scores.logprobs)
+    numbers = tuple(one for one in told if one is not None and math.isfinite(one))
+    return numbers if len(numbers) == len(told) else None

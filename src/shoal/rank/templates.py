@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from shoal.errors import InvalidInput, nearest
+from shoal.rank.trec import read_text
 
 Kind = Literal["pair", "set", "list"]
 SLOTS = {"text": ("{query}", "{passages}"), "passage": ("{label}", "{text}"), "answer": ("{label}",)}
-"""What each part has to hold, once."""
+"""What each part has to hold, once, and no other slot."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,9 +41,14 @@ class Template:
         if self.kind not in ("pair", "set", "list"):
             raise InvalidInput(f"template {self.name!r}: kind must be pair, set or list, got {self.kind!r}")
         for part, slots in SLOTS.items():
-            for slot in slots:
-                if getattr(self, part).count(slot) != 1:
-                    raise InvalidInput(f"template {self.name!r}: {part} must hold {slot} once")
+            if sorted(re.findall(r"\{\w+\}", getattr(self, part))) != sorted(slots):
+                raise InvalidInput(
+                    f"template {self.name!r}: {part} must hold {' and '.join(slots)} once, and no other slot"
+                )
+        if self.kind == "list" and not all(self._around()):
+            raise InvalidInput(
+                f"template {self.name!r}: a list's answer needs something on both sides of a label, such as [{{label}}]"
+            )
         if len(set(self.labels)) != len(self.labels) or len(self.labels) < 2 or not all(self.labels):
             raise InvalidInput(f"template {self.name!r}: labels must be two or more different texts, got {self.labels}")
 
@@ -65,21 +71,39 @@ class Template:
         """What the model may say, per passage."""
         return tuple(self.answer.replace("{label}", label) for label in self.labels[:count])
 
-    def parse(self, text: str, count: int) -> tuple[float, ...] | None:
-        """Preferences from an answer in text: 1 for the label named, falling along a list; None where it names none, or not one.
+    def parted(self, count: int) -> tuple[str, tuple[str, ...]]:
+        """What all answers begin with, and a label for each: what follows the label is the same for all, and tells nothing.
 
-        A list may leave labels out: they share the last place. One that names a label twice is not read.
+        Example: of answers " Passage A" and " Passage B", " Passage" and (" A", " B").
+        """
+        before, _ = self.answer.split("{label}")
+        lead = before.rstrip()
+        return lead, tuple(before[len(lead) :] + label for label in self.labels[:count])
+
+    def _around(self) -> tuple[str, str]:
+        """What stands before and behind a label in an answer."""
+        before, after = self.answer.split("{label}")
+        return before.strip(), after.strip()
+
+    def parse(self, text: str, count: int) -> tuple[float, ...] | None:
+        """Preferences from an answer in text: 1 for the label named, falling along a list; None where it cannot be read.
+
+        A label is an answer, with or without the words that stand before it in the prompt; a text that goes on, or names another
+        label as well, is not: "A better one is B" would be taken for A. A list may leave labels out, which share the last place;
+        one that names a label twice, or what is no label, is not read.
         """
         labels = self.labels[:count]
-        alternatives = "|".join(map(re.escape, sorted(labels, key=len, reverse=True)))
         if self.kind == "list":
-            named = re.findall(rf"\[({alternatives})\]", text)
-            if not named or len(set(named)) != len(named):
+            before, after = map(re.escape, self._around())
+            named = re.findall(f"{before}(.*?){after}", text)
+            if not named or len(set(named)) != len(named) or not set(named) <= set(labels):
                 return None
             place = {label: at for at, label in enumerate(named)}
             return tuple(float(count - place.get(label, count)) for label in labels)
-        match = re.match(rf"\W*(?:passage\W*)?({alternatives})(?!\w)", text, flags=re.IGNORECASE)
-        if match is None:
+        any_label = "|".join(map(re.escape, sorted(labels, key=len, reverse=True)))
+        words = "|".join(re.escape(part.split("{label}")[0].strip()) for part in (self.answer, self.passage))
+        match = re.match(rf"\W*(?:(?:{words})\W+)?({any_label})(?=\W*$|[.,;:!*)\]\"'\n])", text, flags=re.IGNORECASE)
+        if match is None or re.search(rf"\b({any_label})\b", text[match.end() :]):
             return None
         chosen = match[1].upper()
         return tuple(float(label.upper() == chosen) for label in labels)
@@ -99,7 +123,7 @@ def load_template(name: str) -> Template:
     own = name.endswith(".toml")
     if own and not Path(name).is_file():
         raise InvalidInput(f"there is no template file {name}")
-    text = Path(name).read_text() if own else files("shoal.rank").joinpath("templates.toml").read_text()
+    text = read_text(Path(name)) if own else files("shoal.rank").joinpath("templates.toml").read_text(encoding="utf-8")
     try:
         found = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -117,4 +141,8 @@ def template_of(name: str, given: Any) -> Template:
     wanted = {field.name for field in fields(Template)} - {"name"}
     if not isinstance(given, dict) or set(given) != wanted:
         raise InvalidInput(f"template {name!r} must be a table with {', '.join(sorted(wanted))}")
+    labels = given["labels"]
+    texts = [*labels, *(given[part] for part in wanted - {"labels"})] if isinstance(labels, list) else [None]
+    if not all(isinstance(text, str) for text in texts):
+        raise InvalidInput(f"template {name!r}: labels must be a list of texts, everything else a text")
     return Template(**{**given, "name": name, "labels": tuple(given["labels"])})
