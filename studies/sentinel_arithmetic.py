@@ -3,8 +3,9 @@
     python studies/sentinel_arithmetic.py --save
 
 A Llama of 3 layers and width 128 over characters learns additions, subtractions and sums of digits, the answer's last digit first,
-from random ones; longer numbers are rarer in training. The slices were fixed before any answer was seen: `add 2` to `add 6` and
-`sub 2` to `sub 6` by number of digits, `terms 3` to `terms 8`, 250 prompts each, none of them trained on. What is asked of the
+from random ones; longer numbers are rarer in training. The slices were fixed before any of their answers was seen: `add 2` to
+`add 6` and `sub 2` to `sub 6` by number of digits, `terms 3` to `terms 8`; and, when these were nearly all right or all wrong,
+`terms 9` to `terms 14`, which are longer than any in training. 250 prompts each, none of them trained on. What is asked of the
 sentinel is in `sentinel.py`. No data is needed; an hour on one core, and an interrupted training goes on.
 """
 
@@ -34,6 +35,7 @@ BATCH, LEARNING_RATE = 256, 2e-3
 DIGITS = {1: 0.08, 2: 0.25, 3: 0.27, 4: 0.22, 5: 0.13, 6: 0.05}
 """How often numbers of so many digits are trained on."""
 TERMS = {2: 0.2, 3: 0.25, 4: 0.2, 5: 0.14, 6: 0.1, 7: 0.07, 8: 0.04}
+SLICES = {"add": range(2, 7), "sub": range(2, 7), "terms": range(3, 15)}
 PER_SLICE = 250
 SAVE_EVERY = 250
 
@@ -57,7 +59,7 @@ def draw_one(rng: random.Random, kind: str, size: int) -> tuple[str, str]:
 def slices(count: int) -> dict[str, list[Item]]:
     """What is asked."""
     rng, found = random.Random("slices"), {}
-    for kind, sizes in (("add", range(2, 7)), ("sub", range(2, 7)), ("terms", range(3, 9))):
+    for kind, sizes in SLICES.items():
         for size in sizes:
             drawn: dict[str, str] = {}
             while len(drawn) < count:
@@ -144,7 +146,9 @@ def run(options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
     work: Path = options.work
     steps, count = (4, 3) if options.quick else (options.steps, PER_SLICE)
-    open_work(work, {"steps": steps, "quick": options.quick})
+    open_work(
+        work, {"steps": steps, "quick": options.quick, "slices": {kind: list(sizes) for kind, sizes in SLICES.items()}}
+    )
     asked = slices(count)
     train(work, steps, {item.prompt for items in asked.values() for item in items})
     engine = Engine.from_pretrained(work / "model", dtype="float32", max_batch=64, cache_gib=1)
