@@ -43,7 +43,7 @@ def test_from_labels_to_estimates(tmp_path: Path) -> None:
         ],
     )
     said = shoal("monitor", "estimate", sentinel, unseen, "--json", tmp_path / "slices.json")
-    assert "Drift: far's" in said
+    assert "Drift: far: its" in said
     assert "Label next: far." in said
     result = json.loads((tmp_path / "slices.json").read_text())
     new, far = result["slices"]

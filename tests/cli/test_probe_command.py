@@ -36,7 +36,9 @@ def invoke(*arguments: Any) -> Any:
 def test_fitted_tried_shown_and_used(operator: str, checkpoint: Path, tmp_path: Path) -> None:
     data, test = labelled(tmp_path / "train.jsonl", 150), labelled(tmp_path / "test.jsonl", 60, seed=1)
     out = tmp_path / "kind.safetensors"
-    options = ("--operator", operator, "--factor", 8, "--learning-rates", "1e-2", "--max-tokens", 10)
+    options = ("--operator", operator, "--learning-rates", "1e-2", "--max-tokens", 10)
+    if operator == "attention":
+        options = (*options, "--factor", 8)
     done = invoke("fit", checkpoint, "--data", data, "-o", out, *options)
     assert done.exit_code == 0, done.output
     for expected in (
@@ -110,7 +112,7 @@ def test_interrupted_extraction_goes_on(checkpoint: Path, tmp_path: Path) -> Non
 
 
 def test_mistakes_are_named(checkpoint: Path, tmp_path: Path) -> None:
-    data, out = labelled(tmp_path / "train.jsonl", 30), tmp_path / "p.safetensors"
+    data, out = labelled(tmp_path / "train.jsonl", 90), tmp_path / "p.safetensors"
     one_class = tmp_path / "one.jsonl"
     one_class.write_text('{"prompt": "a", "label": 1}\n')
     nothing = tmp_path / "none.jsonl"
