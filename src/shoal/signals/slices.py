@@ -2,11 +2,12 @@
 
     estimate    mean of P(correct) over the slice's responses
     interval    95% of the accuracies of as many responses drawn with replacement, each right with its own P: what counting labels
-                would show if P were right, a binomial's (of one response, 0% or 100%). That P is right on a slice of another kind it cannot say; `leave_one_out` measures that
+                would show if P were right, a binomial's (of one response, 0% or 100%). That P is right on a slice of another kind
+                it cannot say; `leave_one_out` measures that
     outside     share of responses of which a statistic lies outside its range in training
     drift       how far the slice's mean of a statistic lies outside the means of the training slices, in standard deviations of the
-                training responses, for the statistic where that is most; where it is more than 0.5 beyond what chance does to a mean of so few
-                responses, the estimate is not to be trusted (alarm)
+                training responses, for the statistic where that is most; more than 0.5 beyond what chance does to a mean of so few
+                responses, and the estimate is not to be trusted (alarm)
 
 Beside every estimate stand two baselines that see no entropy distribution: a logistic regression on length alone, and ATC (Garg et
 al. 2022): the share of responses whose mean log-probability exceeds a threshold, set so that the share equals the accuracy in
@@ -30,8 +31,8 @@ from shoal.signals.traces import Traced
 
 DRIFT_ALARM = 0.5
 """Standard deviations outside the training slices from which an estimate is not to be trusted."""
-CHANCE = 3.0
-"""Standard errors of a slice's mean that are put down to chance: there are ten statistics, of which the worst counts."""
+CHANCE = 2.0
+"""Standard errors of a slice's mean that are put down to chance."""
 MOST_DRIFT = 1000.0
 """What a drift is at most: a statistic that was the same all through training has no standard deviation."""
 
@@ -70,7 +71,7 @@ class SliceEstimate:
     def alarm(self) -> bool:
         """Whether the slice is too far from what the sentinel was fitted on, more than chance explains.
 
-        A mean of n responses has a standard error of 1 / sqrt(n) standard deviations: with n = 9, drift has to exceed 0.5 + 3 / 3.
+        A mean of n responses has a standard error of 1 / sqrt(n) standard deviations: with n = 4, drift has to exceed 0.5 + 2 / 2.
         """
         return self.drift - CHANCE / math.sqrt(self.count) > DRIFT_ALARM
 
@@ -194,7 +195,7 @@ def label_next(estimates: Sequence[SliceEstimate]) -> str | None:
 def leave_one_out(sentinel: Sentinel) -> list[SliceEstimate]:
     """Each training slice, estimated by a sentinel fitted on the others: what to expect on slices that nobody has labelled.
 
-    Slices without which too few right or wrong responses are left are passed over. Raises `InvalidInput` with fewer than three slices.
+    Slices without which too few right or wrong responses are left are passed over. Raises `InvalidInput` with fewer than three.
     """
     names = list(dict.fromkeys(sentinel.slices))
     if len(names) < 3:

@@ -28,7 +28,7 @@ from shoal.jsonl import parse_jsonl
 
 DEFAULT_SLICE = "all"
 MOST_NATS = 1e9
-"""Of an entropy or a log-probability: what servers write for minus infinity is less, and sums of them stay far from float32's end."""
+"""Of an entropy or a log-probability: what servers write for minus infinity is less, and sums stay far from float32's end."""
 FAILED = ("error", "blocked")
 """What `finish_reason` says where there is no answer."""
 

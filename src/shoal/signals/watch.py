@@ -2,7 +2,8 @@
 
 A window is the next so many responses of one slice. Example, windows of 200: the 200th response of the slice "german" ends its
 first window, the 400th its second; what is left over waits. Lines that are no traces are counted and said, and the rest goes
-on; the last line waits until it is whole, or until the last look. The file is all there is to keep: whoever starts again reads it from its beginning.
+on; the last line waits until it is whole, or for the last look. The file is all there is to keep: whoever starts again reads it
+from its beginning.
 """
 
 from __future__ import annotations
