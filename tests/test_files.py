@@ -47,5 +47,5 @@ def test_places_that_cannot_be_written_are_named(tmp_path: Path) -> None:
 
 
 def test_what_the_system_refuses_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ShoalError, match="new.json could not be written: No such file"):
+    with pytest.raises(ShoalError, match=r"new\.json could not be written: No such file"):
         write_json(tmp_path / "missing" / "new.json", {})
