@@ -116,7 +116,7 @@ def fit(
     )  # fmt: skip
     errors, console = plain(stderr=True), plain()
     counts = Counter(one.label for one in labelled).most_common()
-    console.print(", ".join(f"{count} {label!r}" for label, count in counts) + "\n", style="dim")
+    errors.print(", ".join(f"{count} {label!r}" for label, count in counts))
     with stages(errors) as show, states_in(states, out.with_name(f"{out.stem}.states")) as directory:
         engine = load(model, dtype=dtype, device=device, revision=revision, token=token)
         found = fit_report(
