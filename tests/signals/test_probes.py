@@ -143,7 +143,7 @@ def test_any_chunks_read_the_same(data: st.DataObject) -> None:
         kind = {key: value for key, value in kind.items() if key not in ("factor", "heads")}
         made = ProbeSettings(**{"name": name, "classes": ("a", "b"), "hidden_size": 16, "num_levels": 3, "shape": shape,
                                 "factor": 4, "heads": 2, **kind})  # fmt: skip
-        tensors = {key: torch.randn(size, generator=generator) for key, size in made.sizes().items()}
+        tensors = {key: torch.randn(size, generator=generator) / 16**0.5 for key, size in made.sizes().items()}
         tensors |= {"familiar_means": torch.zeros(2, 16), "familiar_scale": torch.eye(16)}
         probes.append(Probe(made, tensors | {"familiar_distances": torch.arange(20.0)}))
     observer = ProbeSet(probes)
