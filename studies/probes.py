@@ -66,8 +66,7 @@ class Subject:
     def split(self, seed: int) -> tuple[Ints, Ints]:
         """Places to train on and to validate with."""
         known = [Text(text) for text in self.texts[: self.num_train]]
-        train, validation = split(known, share=0.15, seed=seed)
-        return np.array(train), np.array(validation)
+        return split(known, share=0.15, seed=seed)
 
 
 @dataclass(frozen=True)

@@ -206,7 +206,7 @@ def families_out(sentinel: Sentinel) -> list[dict[str, Any]]:
         for name in names:
             here = values == name
             labels = sentinel.correct[here].astype(float)
-            found.append(estimate_slice(known, name, sentinel.values[here], labels, seed=0))
+            found.append(estimate_slice(known, name, sentinel.values[here], labels))
         errors = {name: one.mean_absolute_error for name, one in errors_of(found).items()}
         rows.append({"family": family, "slices": len(names), "alarms": sum(one.alarm for one in found), **errors})
     return rows

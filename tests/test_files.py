@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from shoal.errors import InvalidInput
+from shoal.errors import InvalidInput, ShoalError
 from shoal.files import check_writable, replaced, write_json
 
 
@@ -39,6 +39,13 @@ def test_an_error_leaves_what_was_there_and_nothing_else(tmp_path: Path) -> None
 
 def test_places_that_cannot_be_written_are_named(tmp_path: Path) -> None:
     check_writable(tmp_path / "new.json")
-    for path in (tmp_path, tmp_path / "missing" / "new.json"):
+    long = tmp_path / ("a" * 254)  # which a file may be named, but not the one that is written beside it
+    for path in (tmp_path, tmp_path / "missing" / "new.json", long):
         with pytest.raises(InvalidInput, match=f"{path.name} cannot be written"):
             check_writable(path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_the_system_refuses_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ShoalError, match=r"new\.json could not be written: No such file"):
+        write_json(tmp_path / "missing" / "new.json", {})

@@ -43,8 +43,9 @@ def test_from_labels_to_estimates(tmp_path: Path) -> None:
         ],
     )
     said = shoal("monitor", "estimate", sentinel, unseen, "--json", tmp_path / "slices.json")
-    assert "Drift: far's" in said
+    assert "Drift: far: its" in said
     assert "Label next: far." in said
+    assert "Every slice has labels." in shoal("monitor", "estimate", sentinel, labelled)
     result = json.loads((tmp_path / "slices.json").read_text())
     new, far = result["slices"]
     assert (new["name"], new["count"], new["alarm"], far["alarm"]) == ("new", 100, False, True)
@@ -56,6 +57,8 @@ def test_from_labels_to_estimates(tmp_path: Path) -> None:
     assert "new window 1:" in said
     assert "far window 0:" in said
     assert (tmp_path / "page.html").read_text().startswith("<!doctype html>")
+    assert "No window is full yet." in shoal("monitor", "watch", sentinel, unseen, "--window", "500", "--once")
+    shoal("monitor", "watch", sentinel, unseen, "--every-s", "inf", exit_code=2)
 
 
 def test_what_is_refused(tmp_path: Path) -> None:

@@ -12,14 +12,18 @@ import numpy as np
 import pytest
 
 from made_traces import TRAINING, made_slice
+from shoal.engine.entropy import EntropyTrace
 from shoal.errors import InvalidInput
 from shoal.signals.dashboard import render, write_dashboard
 from shoal.signals.sentinel import FEWEST, Sentinel, SentinelConfig
 from shoal.signals.slices import (
+    DRIFT_ALARM,
     Affine,
+    Known,
     SliceEstimate,
     atc_threshold,
     errors_of,
+    estimate_slice,
     estimate_slices,
     interval,
     label_next,
@@ -75,6 +79,51 @@ def test_balancing_does_not_move_the_estimate() -> None:
             assert fitted.probabilities(fitted.values).mean() == pytest.approx(0.9, abs=0.04)
 
 
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("count", [20, 100])
+def test_the_small_network_learns_with_any_seed(seed: int, count: int) -> None:
+    """It does not fall back to saying the base rate of everything."""
+    training = [one for name, accuracy in (("a", 0.8), ("b", 0.3)) for one in made_slice(name, accuracy, count, seed=1)]
+    fitted = Sentinel.fit(training, SentinelConfig(classifier="mlp", seed=seed))
+    found = fitted.probabilities(fitted.values)
+    assert found.std() > 0.3
+    assert ((found > 0.5) == fitted.correct).mean() > 0.9
+
+
+def test_slices_that_cannot_be_left_out_are_passed_over() -> None:
+    """All wrong answers are in one slice: without it there is nothing to learn from."""
+    training = [
+        *made_slice("mixed", 0.5, 60, seed=1),
+        *made_slice("b", 1.0, 30, seed=1),
+        *made_slice("c", 1.0, 30, seed=1),
+    ]
+    assert [one.name for one in leave_one_out(Sentinel.fit(training))] == ["b", "c"]
+
+
+def test_chance_raises_no_alarm() -> None:
+    """Few answers, drawn from the training itself: their means lie outside those of whole slices, as they would by chance."""
+    fitted = Sentinel.fit(TRAINING, SentinelConfig(classifier="logistic"))
+    rng, known = np.random.default_rng(0), Known(fitted)
+    for count in (1, 3, 10):
+        drawn = [fitted.values[rng.choice(len(TRAINING), count)] for _ in range(100)]
+        found = [estimate_slice(known, "x", values, np.full(count, np.nan)) for values in drawn]
+        assert sum(one.drift > DRIFT_ALARM for one in found) > sum(one.alarm for one in found)
+        assert sum(one.alarm for one in found) <= 8
+        (far,) = estimate_slices(fitted, made_slice("far", 0.6, count, seed=1, labelled=False, scale=10))
+        assert far.alarm
+
+
+def test_a_statistic_that_never_varied() -> None:
+    """Of traces that are all alike there is no standard deviation to measure in."""
+    same = [replace(one, trace=EntropyTrace(top_k=20, entropies=(1.0, 1.0), nlls=(1.0, 1.0))) for one in TRAINING[:200]]
+    fitted = Sentinel.fit(same)
+    here, there = estimate_slices(fitted, [replace(same[0], slice="x"), *made_slice("y", 0.5, 10, seed=0)])
+    assert not here.alarm
+    assert there.alarm
+    assert there.drift == 1000
+    assert "did not vary in training" in there.drift_said
+
+
 def test_leaving_one_slice_out(sentinel: Sentinel) -> None:
     found = leave_one_out(sentinel)
     assert [one.name for one in found] == ["easy", "good", "fair", "hard"]
@@ -104,7 +153,7 @@ def test_what_to_label_next(sentinel: Sentinel) -> None:
     )
     assert label_next([narrow, wide]) == "wide"
     assert label_next([narrow, replace(wide, accuracy=0.5)]) == "narrow"
-    assert label_next([replace(narrow, drift=0.6), wide]) == "narrow"
+    assert label_next([replace(narrow, drift=1.0), wide]) == "narrow"
     assert label_next([replace(wide, accuracy=0.5)]) is None
 
 
@@ -118,11 +167,21 @@ def test_a_file_says_the_same(sentinel: Sentinel, tmp_path: Path) -> None:
     assert again.config == sentinel.config
     assert again.probabilities(values) == pytest.approx(sentinel.probabilities(values), abs=0.02)  # 7 digits were kept
     data = json.loads(path.read_text())
-    for changed in ({"format": "other"}, {"correct": [1]}, {"values": data["values"][:-1]}, {"config": {"depth": 3}}):
+    for changed in (
+        {"format": "other"},
+        {"correct": [1]},
+        {"values": data["values"][:-1]},
+        {"config": {"depth": 3}},
+        {"config": {"seed": -3}},
+        {"values": [[1e39] * 18] * 600},
+        {"values": [[-1] * 18] * 600},
+        {"correct": ["x"] * 600},
+        {"top_k": "abc"},
+    ):
         path.write_text(json.dumps({**data, **changed}))
         with pytest.raises(InvalidInput, match="is not a sentinel"):
             Sentinel.load(path)
-    for text in ("", "[]", "\x80\x04K\x01."):
+    for text in ("", "[]", "\x80\x04K\x01.", "[" * 100_000):
         path.write_text(text)
         with pytest.raises(InvalidInput, match="is not a sentinel"):
             Sentinel.load(path)
@@ -168,9 +227,9 @@ def test_affine_recalibration() -> None:
 def test_intervals_are_as_wide_as_counting_labels() -> None:
     """About 1.96 standard deviations of a binomial share, for sure and for unsure answers."""
     for p in (np.full(400, 0.5), np.repeat([0.0, 1.0], 200)):
-        low, high = interval(p, seed=0)
+        low, high = interval(p)
         assert (low, high) == pytest.approx((0.451, 0.549), abs=0.01)
-    assert interval(np.ones(50), seed=0) == (1, 1)
+    assert interval(np.ones(50)) == (1, 1)
 
 
 def test_atc_has_the_accuracy_of_its_training() -> None:
@@ -206,11 +265,23 @@ def test_windows_of_a_growing_file(sentinel: Sentinel, tmp_path: Path) -> None:
     assert watch.poll() == []
     assert watch.num_refused == len(said) == 3
     assert "line 101" in said[0]
-    path.write_text(lines(a[:10]))
-    assert [w.estimate.name for w in watch.poll()] == ["a"]
+    path.write_text(lines(a[:19]))
+    assert watch.poll() == [], "what waited has gone with the file that it was in"
+    with open(path, "a") as file:
+        file.write(lines(a[19:20]).rstrip("\n"))
+    assert watch.poll() == []
+    assert [(w.estimate.name, w.number) for w in watch.poll(final=True)] == [("a", 2)]
     path.unlink()
     with pytest.raises(InvalidInput, match="cannot be read"):
         watch.poll()
+
+
+def test_a_file_with_a_byte_order_mark(sentinel: Sentinel, tmp_path: Path) -> None:
+    path = tmp_path / "traces.jsonl"
+    path.write_text(lines(made_slice("a", 0.6, 20, seed=4)), encoding="utf-8-sig")
+    watch = Watch(sentinel, path, window=20)
+    assert len(watch.poll()) == 1
+    assert watch.num_refused == 0
 
 
 def test_numbers_for_prometheus(sentinel: Sentinel, tmp_path: Path) -> None:

@@ -59,6 +59,17 @@ def test_they_equal_a_slow_reference(made: list[list[tuple[float, float]]]) -> N
         assert dict(zip(STATISTICS, row, strict=True)) == pytest.approx(slowly(trace), rel=1e-6, abs=1e-6)
 
 
+def test_company_does_not_matter() -> None:
+    """Of more traces than are padded together, one of them far longer, each row is what it is alone."""
+    rng = np.random.default_rng(0)
+    traces = [
+        EntropyTrace(top_k=20, entropies=tuple(x := rng.gamma(1.0, size=n)), nlls=tuple(x))
+        for n in [3000, *rng.integers(1, 9, 600).tolist()]
+    ]
+    alone = np.concatenate([statistics([trace]) for trace in traces])
+    np.testing.assert_allclose(statistics(traces), alone, rtol=1e-9, atol=1e-12)
+
+
 def test_numpy_agrees_on_the_distribution() -> None:
     x = np.random.default_rng(0).gamma(1.0, size=23)
     (row,) = statistics([EntropyTrace(top_k=20, entropies=tuple(x), nlls=tuple(x))])

@@ -80,6 +80,15 @@ def test_own_traces(tmp_path: Path) -> None:
         ({"trace": OWN, "correct": 2}, "'correct' must be 0 or 1"),
         ({"trace": OWN, "slice": 7}, "'slice' must be a name"),
         ({"choices": chat(TOPS, [-1, -1])["choices"] * 2, "correct": 1}, "one label for 2 choices"),
+        ({"trace": {**OWN, "entropies": [10**400, 1.0]}}, "not negative, at most 1e\\+09"),
+        ({"trace": {**OWN, "entropies": [1e308, 1.0]}}, "not negative, at most 1e\\+09"),
+        ({"choices": [{"logprobs": [1, 2]}]}, "not laid out as OpenAI's API has them"),
+        ({"choices": [{"logprobs": {"content": [1, 2]}}]}, "not laid out"),
+        ({"choices": [{"logprobs": {"content": "abc"}}]}, "not laid out"),
+        ({"choices": [{"logprobs": {"content": [{"logprob": -1, "top_logprobs": [-1, -2]}]}}]}, "not laid out"),
+        ({"choices": [{"logprobs": {"token_logprobs": 5, "top_logprobs": 3}}]}, "not laid out"),
+        ({"choices": [{"logprobs": {"token_logprobs": [-1], "top_logprobs": [[-1]]}}]}, "not laid out"),
+        ({"choices": [{"logprobs": {"token_logprobs": "ab", "top_logprobs": [{}, {}]}}]}, "no numbers below 0"),
     ],
 )
 def test_what_is_refused(row: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -100,6 +109,26 @@ def test_other_numbers_of_top_tokens(tmp_path: Path) -> None:
     assert [one.trace.top_k for one in read_traces(path, top_k=3)] == [3]
     with pytest.raises(InvalidInput, match="lists 4 top tokens where 20 were expected"):
         read_traces(path, top_k=20)
+
+
+def test_top_k_holds_for_own_traces_too(tmp_path: Path) -> None:
+    path = write(tmp_path / "t.jsonl", {"trace": OWN})
+    assert len(read_traces(path, top_k=3)) == 1
+    with pytest.raises(InvalidInput, match="over the top 3, not over 20"):
+        read_traces(path, top_k=20)
+
+
+def test_two_choices_without_a_label(tmp_path: Path) -> None:
+    row = {"choices": chat(TOPS, [-1, -1])["choices"] * 2, "correct": None}
+    assert [one.correct for one in read_traces(write(tmp_path / "t.jsonl", row))] == [None, None]
+
+
+def test_requests_that_failed_are_left_out_and_said(tmp_path: Path) -> None:
+    empty, said = {"top_k": 3, "entropies": [], "nlls": []}, []
+    rows = [{"trace": OWN}, *({"trace": empty, "finish_reason": reason} for reason in ("error", "blocked"))]
+    traced = read_traces(write(tmp_path / "t.jsonl", *rows), warn=said.append)
+    assert len(traced) == 1
+    assert "2 requests had failed or were blocked, the first in line 2" in said[0]
 
 
 def test_a_file_without_traces(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -16,7 +17,7 @@ from shoal.errors import InvalidInput
 from shoal.files import check_writable, write_json
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from shoal.signals.sentinel import Sentinel
     from shoal.signals.slices import Affine, SliceEstimate
@@ -77,7 +78,7 @@ def fit(
     check_writable(out)
     config = SentinelConfig(features=features, classifier=classifier, balance=balance, seed=seed)
     errors = Console(stderr=True)
-    traced = read_traces(traces, top_k=top_k)
+    traced = read_traces(traces, top_k=top_k, warn=say(errors))
     with errors.status(f"fitting on {len(traced)} responses"):
         sentinel = Sentinel.fit(traced, config)
     sentinel.save(out)
@@ -93,9 +94,13 @@ def fit(
         return
     with errors.status("leaving out one slice after the other"):
         left_out = leave_one_out(sentinel)
-    console.print("Each slice, estimated by a sentinel fitted on the others:", highlight=False)
-    console.print(estimates_table(left_out))
-    console.print(errors_line(left_out), highlight=False)
+    estimated = [one.name for one in left_out]
+    if passed_over := [name for name in names if name not in estimated]:
+        console.print(Text(f"Without {', '.join(passed_over)} too few right or wrong responses are left to fit on."))
+    if left_out:
+        console.print("Each slice, estimated by a sentinel fitted on the others:", highlight=False)
+        console.print(estimates_table(left_out))
+        console.print(errors_line(left_out), highlight=False)
 
 
 @monitor.command()
@@ -118,13 +123,12 @@ def estimate(
 
     if json_ is not None:
         check_writable(json_)
-    sentinel = Sentinel.load(sentinel_file)
-    affine = affine_of(sentinel, recalibrate, top_k)
-    found = [affine.apply(one) for one in estimate_slices(sentinel, read_traces(traces, top_k=top_k))]
-    next_slice = label_next(found)
+    sentinel, warn = Sentinel.load(sentinel_file), say(Console(stderr=True))
+    affine = affine_of(sentinel, recalibrate, top_k, warn)
+    found = [affine.apply(one) for one in estimate_slices(sentinel, read_traces(traces, top_k=top_k, warn=warn))]
     if json_ is not None:
         slices = [{**asdict(one), "alarm": one.alarm} for one in found]
-        write_json(json_, {"affine": asdict(affine), "slices": slices, "label_next": next_slice})
+        write_json(json_, {"affine": asdict(affine), "slices": slices, "label_next": label_next(found)})
     console = Console()
     console.print(estimates_table(found))
     for one in found:
@@ -132,12 +136,10 @@ def estimate(
             console.print(
                 Text.assemble(
                     ("Drift: ", "bold red"),
-                    f"{one.name}'s {one.drifted} lies {one.drift:.2f} standard deviations outside the slices that the sentinel "
-                    "was fitted on: do not trust its estimate.",
+                    f"{one.name}: {one.drift_said}; do not trust its estimate.",
                 )
             )
-    if next_slice is not None:
-        console.print(Text(f"Label next: {next_slice}."))
+    console.print(next_line(found))
     labelled = [one for one in found if one.accuracy is not None]
     if len(labelled) > 1:
         console.print(errors_line(labelled), highlight=False)
@@ -155,7 +157,7 @@ def watch(
     once: Annotated[bool, typer.Option("--once", help="Read what is there and stop.")] = False,
     top_k: TopK = None,
 ) -> None:
-    """Follow a growing file of traces: an estimate per slice and window, a page, numbers for Prometheus.
+    """Follow a growing file of traces until Ctrl-C: an estimate per slice and window, a page, numbers for Prometheus.
 
     shoal monitor watch sentinel.json traces.jsonl --html slices.html --port 9464
 
@@ -163,13 +165,12 @@ def watch(
     """
     from shoal.signals.dashboard import write_dashboard
     from shoal.signals.sentinel import Sentinel
-    from shoal.signals.slices import label_next
     from shoal.signals.watch import Watch, WatchMetrics
 
     if html is not None:
         check_writable(html)
-    if not every_s > 0:
-        raise InvalidInput(f"--every-s must be above 0, got {every_s}")
+    if not 0 < every_s <= 86_400:
+        raise InvalidInput(f"--every-s must be above 0 and at most a day, 86400, got {every_s}")
     errors = Console(stderr=True)
     sentinel = Sentinel.load(sentinel_file)
     watching = Watch(
@@ -177,7 +178,7 @@ def watch(
         traces,
         window=window,
         top_k=top_k,
-        affine=affine_of(sentinel, recalibrate, top_k),
+        affine=affine_of(sentinel, recalibrate, top_k, say(errors)),
         warn=lambda message: errors.print(Text(f"No trace: {message}")),
     )
     metrics = None
@@ -185,35 +186,48 @@ def watch(
         metrics = WatchMetrics(watching)
         metrics.serve(port)
     console = Console()
-    while True:
-        for filled in watching.poll():
-            one = filled.estimate
-            console.print(
-                Text(
-                    f"{one.name} window {filled.number}: {one.estimate:.1%} ({one.low:.1%} to {one.high:.1%})"
-                    + (f", drifted: {one.drifted}" if one.alarm else "")
+    with suppress(KeyboardInterrupt):  # the way to end it
+        while True:
+            for filled in watching.poll(final=once):
+                one = filled.estimate
+                console.print(
+                    Text(
+                        f"{one.name} window {filled.number}: {one.estimate:.1%} ({one.low:.1%} to {one.high:.1%})"
+                        + (f", drifted: {one.drifted}" if one.alarm else "")
+                    )
                 )
-            )
-        if metrics is not None:
-            metrics.update()
-        if html is not None:
-            write_dashboard(watching, html, refresh_s=every_s)
-        if once:
-            break
-        time.sleep(every_s)
-    next_slice = label_next(watching.latest())
-    if next_slice is not None:
-        console.print(Text(f"Label next: {next_slice}."))
+            if metrics is not None:
+                metrics.update()
+            if html is not None:
+                write_dashboard(watching, html, refresh_s=every_s)
+            if once:
+                break
+            time.sleep(every_s)
+    latest = watching.latest()
+    console.print(next_line(latest) if latest else "No window is full yet.")
 
 
-def affine_of(sentinel: Sentinel, labelled: Path | None, top_k: int | None) -> Affine:
+def say(console: Console) -> Callable[[str], None]:
+    """Who prints notes."""
+    return lambda message: console.print(Text(message), soft_wrap=True)
+
+
+def next_line(found: Sequence[SliceEstimate]) -> Text:
+    """Which slice to label next."""
+    from shoal.signals.slices import label_next
+
+    name = label_next(found)
+    return Text("Every slice has labels." if name is None else f"Label next: {name}.")
+
+
+def affine_of(sentinel: Sentinel, labelled: Path | None, top_k: int | None, warn: Callable[[str], None]) -> Affine:
     """The recalibration by a file of labelled slices; none without one."""
     from shoal.signals.slices import Affine, estimate_slices
     from shoal.signals.traces import read_traces
 
     if labelled is None:
         return Affine()
-    return Affine.fit(estimate_slices(sentinel, read_traces(labelled, top_k=top_k)))
+    return Affine.fit(estimate_slices(sentinel, read_traces(labelled, top_k=top_k, warn=warn)))
 
 
 def estimates_table(found: Sequence[SliceEstimate]) -> Table:

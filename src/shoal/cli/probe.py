@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -33,7 +33,13 @@ app = typer.Typer(
 
 ProbeFile = Annotated[Path, typer.Argument(metavar="PROBE", help="A file of `shoal probe fit`.")]
 MaxTokens = Annotated[
-    int, option("Extraction", "Longer prompts are cut to so many tokens; the result says how many were.")
+    int,
+    option(
+        "Extraction",
+        "What is extracted is cut to so many tokens of a prompt; the result says of how many prompts. "
+        "The probe itself reads prompts whole.",
+        min=1,
+    ),
 ]
 CacheGib = Annotated[float, option("Extraction", "Most that extracted states may take on the disk.")]
 States = Annotated[
@@ -67,11 +73,14 @@ def fit(
     epochs: Annotated[int, option("Training", "Most passes over DATA; training stops early.")] = 10,
     batch_size: Annotated[int, option("Training", "Prompts per step.")] = 32,
     weight_decay: Annotated[float, option("Training", "AdamW's.")] = 0.01,
-    factor: Annotated[int, option("Training", "attention: width of the states over the width inside.")] = 32,
+    factor: Annotated[
+        int | None, option("Training", "attention: width of the states over the width inside. Default: 32.")
+    ] = None,
     gate_scale: Annotated[
-        float, option("Training", "gate: what tanh is multiplied by; 1 as published, more is sharper.")
-    ] = 1.0,
-    levels: Annotated[int | None, option("Training", "Levels to read, from the bottom. Default: all.")] = None,
+        float | None,
+        option("Training", "gate: what tanh is multiplied by; 1, the default, as published, more is sharper."),
+    ] = None,
+    levels: Annotated[int | None, option("Training", "Levels to read, from the bottom. Default: all.", min=1)] = None,
     seed: Annotated[int, option("Training", "Of the split, the order and random weights.")] = 0,
     max_tokens: MaxTokens = 256,
     cache_gib: CacheGib = 4.0,
@@ -97,40 +106,42 @@ def fit(
         rates = tuple(float(rate) for rate in options.names(learning_rates))
     except ValueError:
         raise InvalidInput(f"--learning-rates are numbers separated by commas, got {learning_rates!r}") from None
+    if factor is not None and operator != "attention":
+        raise InvalidInput(f"--factor is for --operator attention, this is {operator}")
+    if gate_scale is not None and operator != "gate":
+        raise InvalidInput(f"--gate-scale is for --operator gate, this is {operator}")
     config = FitConfig(
         operator=operator, learning_rates=rates, epochs=epochs, batch_size=batch_size, weight_decay=weight_decay,
-        factor=factor, gate_scale=gate_scale, num_levels=levels, seed=seed,
+        factor=32 if factor is None else factor, gate_scale=1.0 if gate_scale is None else gate_scale, num_levels=levels, seed=seed,
     )  # fmt: skip
-    errors = Console(stderr=True)
+    errors, console = plain(stderr=True), plain()
+    counts = Counter(one.label for one in labelled).most_common()
+    errors.print(", ".join(f"{count} {label!r}" for label, count in counts))
     with stages(errors) as show, states_in(states, out.with_name(f"{out.stem}.states")) as directory:
         engine = load(model, dtype=dtype, device=device, revision=revision, token=token)
         found = fit_report(
             engine,
             labelled,
             directory,
-            name=name or out.stem,
+            out,
+            name=out.stem if name is None else name,
             positive=positive,
             max_tokens=max_tokens,
             budget_gib=cache_gib,
+            replace=states is None,
             config=config,
             report=show,
         )
     probe, ours = found.fitted.probe, found.fitted.probe.settings
-    probe.save(out)
-    console = Console()
     console.print(quality_table({f"{ours.operator} probe": found.fitted.validation, **found.baselines}))
     console.print(
         f"\nOn {found.fitted.validation.num_prompts} prompts that were held out of {len(labelled)}; chosen: "
         f"{', '.join(f'{key} {value}' for key, value in found.fitted.chosen.settings.items())}, of {len(found.fitted.trials)}.",
-        style="dim", highlight=False,
+        style="dim",
     )  # fmt: skip
     if found.num_truncated:
-        console.print(
-            f"{found.num_truncated} prompts were cut to {max_tokens} tokens.", style="yellow", highlight=False
-        )
-    console.print(
-        f"{out}: {probe.num_parameters:,} parameters, version {probe.version}", highlight=False, soft_wrap=True
-    )
+        console.print(f"{found.num_truncated} prompts were cut to {max_tokens} tokens.", style="yellow")
+    console.print(f"{out}: {probe.num_parameters:,} parameters, version {probe.version}", soft_wrap=True)
 
 
 @app.command("eval")
@@ -168,21 +179,27 @@ def evaluate(
         check_picture(out)
     labelled, known = read_labelled(data), read_labelled(train) if train else []
     loaded = Probe.load(probe)
-    with stages(Console(stderr=True)) as show, states_in(states, None) as directory:
+    with stages(plain(stderr=True)) as show, states_in(states, None) as directory:
         engine = load(model, dtype=dtype, device=device, revision=revision, token=token)
         found = evaluating(
-            engine, loaded, labelled, directory, train=known, max_tokens=max_tokens, budget_gib=cache_gib, report=show
+            engine, loaded, labelled, directory, train=known, levels=bool(out or json_), max_tokens=max_tokens,
+            budget_gib=cache_gib, report=show,
+        )  # fmt: skip
+    if json_ is not None:
+        write_json(json_, {**found.to_dict(), "data": str(data)})
+    console = plain()
+    console.print(quality_table({loaded.settings.name: found.quality, **found.baselines}))
+    console.print(
+        f"\n{found.quality.num_prompts} prompts, {found.out_of_distribution:.1%} of them beyond 99% of those that were held out "
+        "of the training.",
+        style="dim",
+    )  # fmt: skip
+    if found.num_truncated:
+        console.print(
+            f"Baselines and levels: {found.num_truncated} prompts were cut to {max_tokens} tokens.", style="yellow"
         )
     if out is not None:
         draw(found, out)
-    if json_ is not None:
-        write_json(json_, {**found.to_dict(), "data": str(data)})
-    console = Console()
-    console.print(quality_table({loaded.settings.name: found.quality, **found.baselines}))
-    console.print(
-        f"\n{found.quality.num_prompts} prompts, {found.out_of_distribution:.1%} of them beyond 99% of the training prompts.",
-        style="dim", highlight=False,
-    )  # fmt: skip
 
 
 @app.command()
@@ -211,8 +228,8 @@ def show(probe: ProbeFile) -> None:
         "model": f"{ours.shape.num_layers} layers of width {ours.hidden_size}, weights {ours.fingerprint or 'unknown'}",
     }
     for key, value in rows.items():
-        table.add_row(key, value, style=None)
-    Console().print(table, highlight=False)
+        table.add_row(key, value)
+    plain().print(table)
 
 
 @app.command()
@@ -234,7 +251,12 @@ def export(
         {**json.loads(json.dumps(asdict(loaded.settings))), "version": loaded.version, "tensors": tensors},
         indent=None,
     )
-    Console().print(f"{out}: {out.stat().st_size / 2**20:.1f} MiB", highlight=False, soft_wrap=True)
+    plain().print(f"{out}: {out.stat().st_size / 2**20:.1f} MiB", soft_wrap=True)
+
+
+def plain(*, stderr: bool = False) -> Console:
+    """A console that prints names as they are, whatever they would be as markup."""
+    return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
 
 
 def load(model: str, *, dtype: str, device: str, revision: str | None, token: str | None) -> Engine:
@@ -254,8 +276,10 @@ def states_in(given: Path | None, resumed: Path | None) -> Iterator[Path]:
     if given is not None:
         yield given
     elif resumed is not None:
+        from shoal.signals.extract import remove_states
+
         yield resumed
-        shutil.rmtree(resumed)
+        remove_states(resumed)
     else:
         with tempfile.TemporaryDirectory() as directory:
             yield Path(directory)

@@ -5,7 +5,7 @@
     DIRECTORY/tokens           [tokens, levels, d] in the engine's dtype, where gates or attention are trained
     DIRECTORY/logits           float16 [prompts, V] after each prompt, where a baseline reads them
 
-Interrupted, the same call goes on after the last group of prompts that was whole.
+Interrupted, the same call goes on after the last group of prompts that was whole; where a file is missing or cut, anew.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,10 +27,12 @@ from torch import Tensor
 from shoal.engine.engine import Engine
 from shoal.engine.intake import encode
 from shoal.engine.sampling import Sampling
-from shoal.errors import InvalidInput
+from shoal.errors import InvalidInput, RequestFailed
 from shoal.files import write_json
 from shoal.models.passes import Ints
 
+RECORD, FILES = "states.json", ("pooled", "tokens", "logits")
+"""Names in a directory of states."""
 GROUP = 64
 """Prompts between two notes of how far extraction has come."""
 Report = Callable[[str, int, int], None]
@@ -77,12 +80,14 @@ def extract(
     tokens: bool,
     logits: bool = False,
     budget_gib: float = 4.0,
+    replace: bool = False,
     report: Report = lambda what, done, total: None,
 ) -> States:
     """The states of prompts, from `directory` as far as they are there.
 
     Args: `max_tokens`: prompts are cut to their first ones; `tokens`, `logits`: whether to keep those; `budget_gib`: most that the
-    files may take. Raises `InvalidInput` where they would take more, or the directory holds states of something else.
+    files may take; `replace`: whether states of something else in `directory` give way. Raises `InvalidInput` where the files would
+    take more or the directory holds something else, `RequestFailed` where the model fails on a prompt.
     """
     encoded = [encode(text, engine.tokenizer) for text in texts]
     prompts = [list(ids[:max_tokens]) for ids in encoded]
@@ -94,10 +99,11 @@ def extract(
         sizes["tokens"] = (dtype, (int(lengths.sum()), levels, d))
     if logits:
         sizes["logits"] = (torch.float16, (len(prompts), vocab))
-    check_budget(sizes, budget_gib, max_tokens=max_tokens, mean_tokens=float(lengths.mean()))
+    num_bytes = {name: of.itemsize * math.prod(shape) for name, (of, shape) in sizes.items()}
+    check_budget(num_bytes, budget_gib, max_tokens=max_tokens, mean_tokens=float(lengths.mean()))
     digest = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16]
     made_of = {"model": engine.config.fingerprint, "dtype": str(dtype), "prompts": digest, "files": sorted(sizes)}
-    num_done = progress_of(directory, made_of)
+    num_done = progress_of(directory, made_of, num_bytes, replace=replace)
     files = {name: mapped(directory / name, *size) for name, size in sizes.items()}
     num_truncated = sum(len(ids) > max_tokens for ids in encoded)
     states = States(files["pooled"], files.get("tokens"), files.get("logits"), lengths, num_truncated)
@@ -105,18 +111,19 @@ def extract(
         report("reading prompts", begin, len(prompts))
         group = range(begin, min(begin + GROUP, len(prompts)))
         samplings = [Sampling(max_new_tokens=1, processor=keep_logits(states, place)) for place in group]
-        engine.generate([prompts[place] for place in group], samplings, probes=Recorder(states, begin))
-        write_json(directory / "states.json", {**made_of, "num_done": group.stop})
+        done = engine.generate([prompts[place] for place in group], samplings, probes=Recorder(states, begin))
+        for place, one in zip(group, done, strict=True):
+            if one.error is not None:
+                raise RequestFailed(f"prompt {place + 1} of {len(prompts)}: {one.error}")
+        write_json(directory / RECORD, {**made_of, "num_done": group.stop})
     report("reading prompts", len(prompts), len(prompts))
     return states
 
 
-def check_budget(
-    sizes: dict[str, tuple[torch.dtype, tuple[int, ...]]], budget_gib: float, *, max_tokens: int, mean_tokens: float
-) -> None:
-    """Raises `InvalidInput` where files of these dtypes and shapes would take more."""
-    gib = {name: dtype.itemsize * math.prod(shape) / 2**30 for name, (dtype, shape) in sizes.items()}
-    if sum(gib.values()) > budget_gib:
+def check_budget(num_bytes: Mapping[str, int], budget_gib: float, *, max_tokens: int, mean_tokens: float) -> None:
+    """Raises `InvalidInput` where files of these sizes would take more."""
+    gib = {name: size / 2**30 for name, size in num_bytes.items()}
+    if not sum(gib.values()) <= budget_gib:
         parts = ", ".join(f"{name} {size:.2f}" for name, size in gib.items())
         raise InvalidInput(
             f"the prompts' states would take {sum(gib.values()):.2f} GiB ({parts}; {mean_tokens:.0f} tokens per prompt), and the "
@@ -125,18 +132,51 @@ def check_budget(
         )
 
 
-def progress_of(directory: Path, made_of: dict[str, Any]) -> int:
-    """How many prompts are done in a directory, which is made where it is missing. Raises `InvalidInput`."""
-    record = directory / "states.json"
-    if not record.is_file():
+def progress_of(directory: Path, made_of: dict[str, Any], num_bytes: Mapping[str, int], *, replace: bool) -> int:
+    """How many prompts are done in a directory, which is made where it is missing; 0 where a file is not as long as it must be.
+
+    Raises `InvalidInput` where the directory holds a user's files, or states of something else that may not be replaced.
+    """
+    record = directory / RECORD
+    try:
         directory.mkdir(parents=True, exist_ok=True)
-        write_json(record, {**made_of, "num_done": 0})
-        return 0
-    before = json.loads(record.read_text(encoding="utf-8"))
-    num_done: int = before.pop("num_done", 0)
-    if before != made_of:
-        raise InvalidInput(f"{directory} holds states of other prompts or of another model: remove it, or name another")
-    return num_done
+        strange = not record.exists() and any(directory.iterdir())
+    except OSError as error:
+        raise InvalidInput(f"{directory} cannot hold states: {error.strerror}") from error
+    if strange:
+        raise InvalidInput(
+            f"{directory} holds files that are no states of prompts: name another directory with --states"
+        )
+    before = read_record(record)
+    other = [name for name, value in made_of.items() if before and before.get(name) != value]
+    if other and not replace:
+        raise InvalidInput(
+            f"{directory} holds states that were made with another choice of {', '.join(other)}: remove it, or name another"
+        )
+    whole = all(
+        (directory / name).is_file() and (directory / name).stat().st_size == size for name, size in num_bytes.items()
+    )
+    if before and whole and not other:
+        return int(before["num_done"])
+    write_json(record, {**made_of, "num_done": 0})
+    return 0
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """What a directory's states are and how far they go; empty where that is not known."""
+    try:
+        data: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return data if isinstance(data, dict) and isinstance(data.get("num_done"), int) else {}
+
+
+def remove_states(directory: Path) -> None:
+    """Remove what `extract` wrote, and the directory where nothing else is in it."""
+    for name in (*FILES, RECORD):
+        (directory / name).unlink(missing_ok=True)
+    with suppress(OSError):  # somebody else's files are in it
+        directory.rmdir()
 
 
 def mapped(path: Path, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:

@@ -34,7 +34,7 @@ def draw(found: Evaluation, path: Path) -> None:
     left.plot(sure, correct, color="C0")
     left.scatter(sure, correct, s=[10 + 300 * one for one in share], color="C0")
     binary = len(found.probe.settings.classes) == 2
-    left.set_xlabel(f"probability of {found.probe.settings.classes[1]}" if binary else "confidence")
+    left.set_xlabel(f"probability of {found.probe.settings.classes[1]}" if binary else "confidence", parse_math=False)
     left.set_ylabel("how often it is true")
     left.set_title(f"reliability, error {found.quality.calibration_error:.3f}", fontsize=10)
     for name, weights in list(found.layer_weights.items())[:MOST_CLASSES]:
@@ -44,6 +44,7 @@ def draw(found: Evaluation, path: Path) -> None:
     right.set_ylabel("mean weight")
     right.set_ylim(bottom=0)
     right.set_title("levels, by what was decided", fontsize=10)
-    right.legend(fontsize=8, frameon=False)
+    for text in right.legend(fontsize=8, frameon=False).get_texts():
+        text.set_parse_math(False)  # a class may be named "$"
     with replaced(path) as partial:
         figure.savefig(partial, format=path.suffix.lower().removeprefix("."), dpi=150, metadata={})

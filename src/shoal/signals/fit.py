@@ -23,6 +23,7 @@ from shoal.models.passes import Ints
 from shoal.models.weights import DecoderConfig
 from shoal.signals.extract import Report, States
 from shoal.signals.familiarity import familiar
+from shoal.signals.labelled import check_split
 from shoal.signals.operators import Pooling
 from shoal.signals.probe import OPERATORS, Operator, Probe, ProbeSettings
 from shoal.signals.quality import Quality, best_threshold, quality
@@ -70,13 +71,37 @@ class FitConfig:
         for name in ("epochs", "patience", "batch_size", "factor"):
             if getattr(self, name) < 1:
                 raise InvalidInput(f"{name} must be 1 or more, got {getattr(self, name)}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise InvalidInput(f"weight_decay must be 0 or more, got {self.weight_decay}")
+        if not 0 <= self.seed < 2**32:
+            raise InvalidInput(f"seed must be 0 to 2^32 - 1, got {self.seed}")
         if not self.learning_rates or not all(0 < rate < 1 for rate in self.learning_rates):
             raise InvalidInput(f"learning_rates must be above 0 and below 1, got {self.learning_rates}")
         if not 0 < self.validation < 1:
             raise InvalidInput(f"validation is a share of the prompts, above 0 and below 1, got {self.validation}")
 
-    def trials(self, hidden_size: int) -> list[dict[str, Any]]:
-        """What the search tries: settings of the probe, and a learning rate."""
+    def trials(
+        self, model: DecoderConfig, *, classes: tuple[str, ...], name: str, max_prompt_tokens: int
+    ) -> list[tuple[dict[str, Any], ProbeSettings]]:
+        """What the search tries, and the probe's settings with it. Arguments as for `fit`; raises `InvalidInput`."""
+        shape, attends = model.shape, self.operator == "attention"
+        base = ProbeSettings(
+            name=name,
+            operator=self.operator,
+            classes=classes,
+            hidden_size=shape.hidden_size,
+            num_levels=shape.num_layers + 1 if self.num_levels is None else self.num_levels,
+            max_prompt_tokens=max_prompt_tokens if attends else None,
+            shape=shape,
+            fingerprint=model.fingerprint,
+        )
+        return [
+            (one, replace(base, **{key: value for key, value in one.items() if key != "learning_rate"}))
+            for one in self._searched(shape.hidden_size)
+        ]
+
+    def _searched(self, hidden_size: int) -> list[dict[str, Any]]:
+        """Settings of the operator, and a learning rate."""
         rates = [{"learning_rate": rate} for rate in self.learning_rates]
         if self.operator == "gate":
             return [{"gate_scale": self.gate_scale, **rate} for rate in rates]
@@ -135,38 +160,22 @@ def fit(
     """Search, train, calibrate.
 
     Args: `labels` [prompts]: index of each prompt's class; `train`, `validation`: places of prompts; `max_prompt_tokens`: limit of
-    an attention probe. Raises `InvalidInput` where a class has no prompt to train on or to validate with.
+    an attention probe. Raises `InvalidInput` as `check_split` and `FitConfig.trials` do.
     """
-    for part, places in {"train on": train, "validate with": validation}.items():
-        missing = set(range(len(classes))) - set(labels[places].tolist())
-        if missing and (part == "train on" or len(classes) == 2):
-            raise InvalidInput(f"class {classes[missing.pop()]!r} has no prompt to {part}: give more of them")
-    shape = model.shape
-    attends = config.operator == "attention"
-    base = ProbeSettings(
-        name=name,
-        operator=config.operator,
-        classes=classes,
-        hidden_size=shape.hidden_size,
-        num_levels=config.num_levels or shape.num_layers + 1,
-        factor=config.factor if attends else 32,
-        max_prompt_tokens=max_prompt_tokens if attends else None,
-        shape=shape,
-        fingerprint=model.fingerprint,
-    )
+    check_split(labels, train, validation, classes)
+    wanted = config.trials(model, classes=classes, name=name, max_prompt_tokens=max_prompt_tokens)
     data = Data(states, torch.from_numpy(labels), train, validation)
     tried: list[tuple[Trial, Probe]] = []
-    wanted = config.trials(shape.hidden_size)
-    for number, one in enumerate(wanted):
+    for number, (trial, settings) in enumerate(wanted):
         report(f"trial {number + 1} of {len(wanted)}", number, len(wanted))
-        settings = {key: value for key, value in one.items() if key != "learning_rate"}
-        tried.append(train_one(data, replace(base, **settings), one, config))
+        tried.append(train_one(data, settings, trial, config))
     report("trials", len(wanted), len(wanted))
     best, probe = max(tried, key=lambda pair: (pair[0].score, -pair[0].loss))
     probe = calibrated(probe, data)
-    known = familiar(vectors_of(probe, data, data.train), data.labels[data.train], len(classes))
+    held_out = vectors_of(probe, data, data.validation)
+    known = familiar(vectors_of(probe, data, data.train), data.labels[data.train], held_out, len(classes))
     probe = replace(probe, tensors={**probe.tensors, **known})
-    held = probe.probabilities(probe.logits(vectors_of(probe, data, data.validation)))
+    held = probe.probabilities(probe.logits(held_out))
     scores = quality(held.numpy(), labels[data.validation], threshold=probe.settings.threshold)
     return Fitted(probe=probe, trials=[trial for trial, _ in tried], chosen=best, validation=scores)
 

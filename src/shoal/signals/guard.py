@@ -26,7 +26,7 @@ class Guard:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop_on", (self.stop_on,) if isinstance(self.stop_on, str) else tuple(self.stop_on))
-        if self.threshold is not None and not 0 <= self.threshold <= 1:
+        if self.threshold is not None and not (isinstance(self.threshold, int | float) and 0 <= self.threshold <= 1):
             raise InvalidInput(f"threshold of a guard must be 0 to 1, got {self.threshold!r}")
         if not isinstance(self.probe, Probe):
             object.__setattr__(self, "probe", Probe.load(Path(self.probe)))

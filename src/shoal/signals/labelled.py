@@ -9,8 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from shoal.errors import InvalidInput
 from shoal.jsonl import parse_jsonl
+from shoal.models.passes import Ints
 
 
 @dataclass(frozen=True)
@@ -19,23 +22,28 @@ class Labelled:
 
     text: str
     label: str
+    where: str = "a prompt"
+    """File and line, for messages."""
 
 
 def read_labelled(path: Path) -> list[Labelled]:
-    """Lines of JSON with `prompt` (or `text`) and `label`, a string or a number. Raises `InvalidInput` naming file and line."""
+    """Lines of JSON with `prompt` (or `text`) and `label`, a string or a whole number; spaces around labels do not count.
+
+    Raises `InvalidInput` naming file and line.
+    """
     try:
-        content = path.read_text(encoding="utf-8")
+        content = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidInput(f"{path} cannot be read: {error}") from error
     found = []
     for number, fields in parse_jsonl(content, str(path)):
         text = fields.get("prompt", fields.get("text"))
-        label = fields.get("label")
+        label, where = fields.get("label"), f"{path}, line {number}"
         if not isinstance(text, str) or not text.strip():
-            raise InvalidInput(f"{path}, line {number}: needs a 'prompt' (or 'text') that is not empty")
-        if not isinstance(label, str | int) or label == "":
-            raise InvalidInput(f"{path}, line {number}: needs a 'label', a string or a whole number, got {label!r}")
-        found.append(Labelled(text, str(label).lower() if isinstance(label, bool) else str(label)))
+            raise InvalidInput(f"{where}: needs a 'prompt' (or 'text') that is not empty")
+        if not isinstance(label, str | int) or not str(label).strip():
+            raise InvalidInput(f"{where}: needs a 'label', a string or a whole number, got {label!r}")
+        found.append(Labelled(text, str(label).lower() if isinstance(label, bool) else str(label).strip(), where))
     if not found:
         raise InvalidInput(f"{path} holds no labelled prompt")
     return found
@@ -60,13 +68,26 @@ def classes_of(labelled: Sequence[Labelled], positive: str | None = None) -> tup
     return tuple(sorted(counts))
 
 
-def split(labelled: Sequence[Any], *, share: float, seed: int) -> tuple[list[int], list[int]]:
+def split(labelled: Sequence[Any], *, share: float, seed: int) -> tuple[Ints, Ints]:
     """Places of training and of validation examples: of each text its digest with the seed decides, so that order and company do
     not matter, and equal texts stay together."""
-    validation = []
-    for place, one in enumerate(labelled):
-        digest = hashlib.sha256(f"{seed}:{one.text}".encode()).digest()
-        if int.from_bytes(digest[:8], "big") < share * 2**64:
-            validation.append(place)
-    chosen = set(validation)
-    return [place for place in range(len(labelled)) if place not in chosen], validation
+    digests = (hashlib.sha256(f"{seed}:{one.text}".encode()).digest() for one in labelled)
+    chosen = np.array([int.from_bytes(digest[:8], "big") < share * 2**64 for digest in digests], dtype=bool)
+    return np.flatnonzero(~chosen), np.flatnonzero(chosen)
+
+
+def check_split(labels: Ints, train: Ints, validation: Ints, classes: Sequence[str]) -> None:
+    """Raises `InvalidInput` where a class has no prompt to train on, or there is nothing to validate with; of two classes both.
+
+    Args: `labels` [prompts]: places in `classes`; `train`, `validation`: places of prompts, as `split` has them.
+    """
+    untrained = set(range(len(classes))) - set(labels[train].tolist())
+    unseen = set(range(len(classes))) - set(labels[validation].tolist())
+    if len(classes) > 2 and len(validation):
+        unseen = set()
+    for part, missing in (("train on", untrained), ("validate with", unseen)):
+        if missing:
+            raise InvalidInput(
+                f"class {classes[min(missing)]!r} has no prompt to {part}: give more of them (a digest of each text decides "
+                "which it is for, so repeated texts count once)"
+            )

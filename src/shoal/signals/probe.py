@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from shoal.depth.shape import ModelShape
@@ -70,9 +70,17 @@ class ProbeSettings:
     def __post_init__(self) -> None:
         object.__setattr__(self, "classes", tuple(self.classes))
         attention = self.operator == "attention"
+        for name in ("hidden_size", "num_levels", "heads", "factor"):
+            if type(getattr(self, name)) is not int:
+                raise InvalidInput(f"{name} of a probe must be a whole number, got {getattr(self, name)!r}")
         rules = {
+            "name": (isinstance(self.name, str) and bool(self.name.strip()), "a name"),
             "operator": (self.operator in OPERATORS, f"one of {', '.join(OPERATORS)}"),
-            "classes": (len(set(self.classes)) == len(self.classes) > 1, "two names or more, all different"),
+            "classes": (
+                len(set(self.classes)) == len(self.classes) > 1 and all(isinstance(one, str) for one in self.classes),
+                "two names or more, all different",
+            ),
+            "hidden_size": (self.hidden_size == self.shape.hidden_size, f"the model's, {self.shape.hidden_size}"),
             "num_levels": (1 <= self.num_levels <= self.shape.num_layers + 1, f"1 to {self.shape.num_layers + 1}"),
             "pooling": (self.pooling in ("mean", "max"), "mean or max"),
             "gate_scale": (0 < self.gate_scale <= MAX_GATE_SCALE, f"above 0, at most {MAX_GATE_SCALE:g}"),
@@ -96,7 +104,7 @@ class ProbeSettings:
     @property
     def width(self) -> int:
         """Width inside attention, h."""
-        return self.hidden_size // self.factor
+        return self.hidden_size // self.factor if self.factor else 0
 
     @property
     def num_logits(self) -> int:
@@ -125,14 +133,19 @@ class Probe:
 
     settings: ProbeSettings
     tensors: Mapping[str, Tensor] = field(repr=False)
-    """float32: those of `ProbeSettings.sizes`; and where the training prompts' vectors lay (`familiarity.py`): `familiar_means`
+    """float32: those of `ProbeSettings.sizes`; and where prompts of its kind lie (`familiarity.py`): `familiar_means`
     [classes, d], `familiar_scale` [d, d], `familiar_distances` [quantiles]."""
 
     def __post_init__(self) -> None:
-        for name, size in self.settings.sizes().items():
-            got = tuple(self.tensors[name].shape) if name in self.tensors else None
-            if got != size:
-                raise InvalidInput(f"probe {self.settings.name!r} needs {name} of shape {size}, got {got}")
+        self._require(self.settings.sizes())
+
+    def _require(self, sizes: Mapping[str, tuple[int, ...]]) -> None:
+        """Raise `InvalidInput` where a tensor of these names and shapes is missing or another."""
+        for name, size in sizes.items():
+            tensor = self.tensors.get(name)
+            if tensor is None or tensor.dtype != torch.float32 or tensor.shape != size:
+                got = "none" if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}"
+                raise InvalidInput(f"probe {self.settings.name!r} needs {name}, torch.float32 {size}, got {got}")
 
     @property
     def num_parameters(self) -> int:
@@ -148,7 +161,8 @@ class Probe:
         return digest.hexdigest()[:16]
 
     def check(self, config: DecoderConfig) -> None:
-        """Raise `InvalidInput` where it was trained on another model."""
+        """Raise `InvalidInput` where it was trained on another model, or does not know where training prompts lay."""
+        self.check_familiar()
         ours, name = self.settings, self.settings.name
         for size in SIZES:
             if getattr(ours.shape, size) != getattr(config.shape, size):
@@ -161,6 +175,14 @@ class Probe:
                 f"probe {name!r} was trained on other weights of this shape (fingerprint {ours.fingerprint}, "
                 f"here {config.fingerprint}): fit it on this model"
             )
+
+    def check_familiar(self) -> None:
+        """Raise `InvalidInput` where what `unfamiliarity` reads is missing."""
+        num_classes, d = len(self.settings.classes), self.settings.hidden_size
+        known = self.tensors.get("familiar_distances", torch.empty(0)).numel()
+        self._require(
+            {"familiar_means": (num_classes, d), "familiar_scale": (d, d), "familiar_distances": (max(1, known),)}
+        )
 
     def to(self, device: torch.device) -> Probe:
         """The same on a device."""
@@ -227,7 +249,7 @@ class Probe:
         return (probabilities[..., 1] >= self.settings.threshold).long()
 
     def unfamiliarity(self, vectors: Tensor) -> Tensor:
-        """Share of the training prompts that lay nearer to a class they knew than prompts with these vectors [..., d] do: [...].
+        """Share of held-out prompts that lay nearer to a class of the training than prompts with these vectors [..., d] do: [...].
 
         The distance is Mahalanobis's, to the nearest class mean under one covariance (Lee et al. 2018, arXiv 1807.03888).
         """
@@ -242,16 +264,20 @@ class Probe:
         """Write it as one safetensors file with the settings in its header; whole, or not at all."""
         tensors = {name: tensor.contiguous().cpu() for name, tensor in self.tensors.items()}
         with replaced(path) as partial:
-            save_file(tensors, partial, metadata={METADATA: json.dumps(asdict(self.settings))})
+            partial.write_bytes(save(tensors, {METADATA: json.dumps(asdict(self.settings))}))
 
     @classmethod
     def load(cls, path: Path) -> Probe:
         """Read a file of `save`. Raises `CheckpointError` where there is none, or not a probe's."""
         try:
             with safe_open(path, framework="pt") as file:
-                settings: dict[str, Any] = json.loads((file.metadata() or {})[METADATA])
+                header = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (a handle is not a mapping)
-            shape = ModelShape(**settings.pop("shape"))
-            return cls(ProbeSettings(**settings, shape=shape), tensors)
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            raise CheckpointError(f"{path} holds no probe that can be read: {error!r}") from error
+            if METADATA not in header:
+                raise ValueError(f"its header has no {METADATA}")
+            settings: dict[str, Any] = json.loads(header[METADATA])
+            probe = cls(ProbeSettings(**{**settings, "shape": ModelShape(**settings["shape"])}), tensors)
+            probe.check_familiar()
+        except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
+            raise CheckpointError(f"{path} holds no probe that can be read: {error}") from error
+        return probe

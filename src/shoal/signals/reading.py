@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from shoal.engine.observing import Findings, Label
@@ -64,7 +64,7 @@ class Prefix:
         """Write it as a safetensors file."""
         tensors = {name: getattr(self, name).contiguous().cpu() for name in ("sums", "weights", "maxima", "rows")}
         with replaced(path) as partial:
-            save_file(tensors, partial, metadata={"version": self.version, "num_tokens": str(self.num_tokens)})
+            partial.write_bytes(save(tensors, {"version": self.version, "num_tokens": str(self.num_tokens)}))
 
     @classmethod
     def load(cls, path: Path) -> Prefix:

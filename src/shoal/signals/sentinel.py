@@ -30,6 +30,8 @@ FORMAT = "shoal sentinel 1"
 CLASSIFIERS = ("forest", "logistic", "mlp")
 FOLDS = 5
 """Parts of the training responses: four fit a classifier, the fifth calibrates it; the five are averaged."""
+ALPHA = 1.0
+"""Weight decay of the small network; it learns until nothing moves, and this keeps it from learning by heart."""
 FEWEST = 2 * FOLDS
 """Right and wrong responses, each, that a sentinel needs."""
 
@@ -52,6 +54,8 @@ class SentinelConfig:
             raise InvalidInput(f"unknown features {self.features!r}: {nearest(self.features, FEATURES)}")
         if self.classifier not in CLASSIFIERS:
             raise InvalidInput(f"unknown classifier {self.classifier!r}: {nearest(self.classifier, CLASSIFIERS)}")
+        if type(self.seed) is not int or not 0 <= self.seed < 2**32:
+            raise InvalidInput(f"seed must be a whole number from 0 to 2^32 - 1, got {self.seed!r}")
 
 
 class Sentinel:
@@ -72,8 +76,8 @@ class Sentinel:
         """
         self.values, self.correct, self.slices = values, correct, tuple(slices)
         self.top_k, self.config = top_k, config or SentinelConfig()
-        right = int(correct.sum())
-        if min(right, len(correct) - right) < FEWEST:
+        if not enough(correct):
+            right = int(correct.sum())
             raise InvalidInput(
                 f"{right} right and {len(correct) - right} wrong responses: a sentinel learns from {FEWEST} of each or more"
             )
@@ -145,13 +149,29 @@ class Sentinel:
             if data["format"] != FORMAT or data["statistics"] != list(STATISTICS):
                 raise ValueError("another format")
             values = np.array(data["values"], dtype=float).reshape(-1, len(STATISTICS))
-            if not len(values) == len(data["correct"]) == len(data["slices"]) or not np.isfinite(values).all():
+            correct, slices, top_k = data["correct"], data["slices"], data["top_k"]
+            if not len(values) == len(correct) == len(slices):
                 raise ValueError("rows are missing")
-            correct, slices = np.array(data["correct"], dtype=bool), list(map(str, data["slices"]))
-            config, top_k = SentinelConfig(**data["config"]), data["top_k"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            if (
+                not (np.abs(values) < np.finfo(np.float32).max).all()
+                or (values[:, STATISTICS.index("length")] < 1).any()
+            ):
+                raise ValueError("values that are no statistics")
+            if any(type(label) is not int or label not in (0, 1) for label in correct):
+                raise ValueError("labels are 0 or 1")
+            if any(not isinstance(name, str) for name in slices):
+                raise ValueError("slices are names")
+            if top_k != "full" and not (type(top_k) is int and top_k >= 1):
+                raise ValueError(f"top_k is {top_k!r}")
+            correct, config = np.array(correct, dtype=bool), SentinelConfig(**data["config"])
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise InvalidInput(f"{path} is not a sentinel of `shoal monitor fit`: {error}") from error
         return cls(values, correct, slices, top_k=top_k, config=config)
+
+
+def enough(correct: NDArray[np.bool_]) -> bool:
+    """Whether a sentinel can learn from responses with these labels [N]."""
+    return bool(min(correct.sum(), (~correct).sum()) >= FEWEST)
 
 
 def fitted(values: Floats, correct: NDArray[np.bool_], config: SentinelConfig) -> Any:
@@ -185,7 +205,7 @@ def fitted(values: Floats, correct: NDArray[np.bool_], config: SentinelConfig) -
             classifier = LogisticRegression(class_weight=weight, max_iter=1000)
         case _:
             network = BalancedMLP if config.balance else MLPClassifier
-            classifier = network((10,), alpha=1e-3, early_stopping=True, max_iter=500, random_state=config.seed)
+            classifier = network((10,), alpha=ALPHA, solver="lbfgs", max_iter=1000, random_state=config.seed)
     folds = StratifiedKFold(FOLDS, shuffle=True, random_state=config.seed)
     model = CalibratedClassifierCV(make_pipeline(StandardScaler(), classifier), method="isotonic", cv=folds)
     return model.fit(values, correct)

@@ -2,10 +2,12 @@
 
     estimate    mean of P(correct) over the slice's responses
     interval    95% of the accuracies of as many responses drawn with replacement, each right with its own P: what counting labels
-                would show if P were right. That P is right on a slice of another kind it cannot say; `leave_one_out` measures that
+                would show if P were right, a binomial's (of one response, 0% or 100%). That P is right on a slice of another kind
+                it cannot say; `leave_one_out` measures that
     outside     share of responses of which a statistic lies outside its range in training
     drift       how far the slice's mean of a statistic lies outside the means of the training slices, in standard deviations of the
-                training responses, for the statistic where that is most; above 0.5 the estimate is not to be trusted (alarm)
+                training responses, for the statistic where that is most; more than 0.5 beyond what chance does to a mean of so few
+                responses, and the estimate is not to be trusted (alarm)
 
 Beside every estimate stand two baselines that see no entropy distribution: a logistic regression on length alone, and ATC (Garg et
 al. 2022): the share of responses whose mean log-probability exceeds a threshold, set so that the share equals the accuracy in
@@ -14,6 +16,7 @@ training.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,14 +25,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shoal.errors import InvalidInput
-from shoal.signals.sentinel import Sentinel
+from shoal.signals.sentinel import Sentinel, enough
 from shoal.signals.statistics import STATISTICS, Floats
 from shoal.signals.traces import Traced
 
-RESAMPLES = 1000
-"""Draws behind an interval."""
 DRIFT_ALARM = 0.5
 """Standard deviations outside the training slices from which an estimate is not to be trusted."""
+CHANCE = 2.0
+"""Standard errors of a slice's mean that are put down to chance."""
+MOST_DRIFT = 1000.0
+"""What a drift is at most: a statistic that was the same all through training has no standard deviation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +69,18 @@ class SliceEstimate:
 
     @property
     def alarm(self) -> bool:
-        """Whether the slice is too far from what the sentinel was fitted on."""
-        return self.drift > DRIFT_ALARM
+        """Whether the slice is too far from what the sentinel was fitted on, more than chance explains.
+
+        A mean of n responses has a standard error of 1 / sqrt(n) standard deviations: with n = 4, drift has to exceed 0.5 + 2 / 2.
+        """
+        return self.drift - CHANCE / math.sqrt(self.count) > DRIFT_ALARM
+
+    @property
+    def drift_said(self) -> str:
+        """How far it has drifted, as a clause."""
+        if self.drift == MOST_DRIFT:
+            return f"its {self.drifted} did not vary in training, and here it is another"
+        return f"its {self.drifted} lies {self.drift:.2f} standard deviations outside the slices of the training"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,14 +119,14 @@ class Affine:
         return replace(one, estimate=estimate, low=low, high=high)
 
 
-def estimate_slices(sentinel: Sentinel, traced: Sequence[Traced], *, seed: int = 0) -> list[SliceEstimate]:
+def estimate_slices(sentinel: Sentinel, traced: Sequence[Traced]) -> list[SliceEstimate]:
     """Every slice among the responses, in order of appearance. Raises `InvalidInput` where their k is not the sentinel's."""
     values = sentinel.read([one.trace for one in traced])
     names = list(dict.fromkeys(one.slice for one in traced))
     belongs = np.array([one.slice for one in traced])
     labels = np.array([np.nan if one.correct is None else float(one.correct) for one in traced])
     known = Known(sentinel)
-    return [estimate_slice(known, name, values[belongs == name], labels[belongs == name], seed=seed) for name in names]
+    return [estimate_slice(known, name, values[belongs == name], labels[belongs == name]) for name in names]
 
 
 class Known:
@@ -129,14 +144,14 @@ class Known:
         self.atc_threshold = atc_threshold(confidence(values), sentinel.correct)
 
 
-def estimate_slice(known: Known, name: str, values: Floats, labels: Floats, *, seed: int) -> SliceEstimate:
+def estimate_slice(known: Known, name: str, values: Floats, labels: Floats) -> SliceEstimate:
     """One slice from its statistics [N, 18] and labels [N], NaN where there is none."""
     sentinel = known.sentinel
     used = values[:, sentinel.columns]
     p = sentinel.probabilities(values)
     mean = used.mean(axis=0)
     away = np.maximum(known.lowest_mean - mean, mean - known.highest_mean).clip(min=0) / known.std
-    low, high = interval(p, seed=seed)
+    low, high = interval(p)
     entropy, nll = (float(values[:, STATISTICS.index(column)].mean()) for column in ("mean", "nll_sum"))
     return SliceEstimate(
         name=name,
@@ -145,7 +160,7 @@ def estimate_slice(known: Known, name: str, values: Floats, labels: Floats, *, s
         low=low,
         high=high,
         outside=float(((used < known.low) | (used > known.high)).any(axis=1).mean()),
-        drift=float(away.max()),
+        drift=min(float(away.max()), MOST_DRIFT),
         drifted=STATISTICS[sentinel.columns[int(away.argmax())]],
         length_only=float(known.length_model.predict_proba(log_lengths(values))[:, 1].mean()),
         atc=float((confidence(values) >= known.atc_threshold).mean()),
@@ -155,11 +170,14 @@ def estimate_slice(known: Known, name: str, values: Floats, labels: Floats, *, s
     )
 
 
-def interval(p: Floats, *, seed: int) -> tuple[float, float]:
-    """95% of the accuracies of len(p) responses drawn with replacement from probabilities [N], each right with its own."""
-    rng = np.random.default_rng(seed)
-    drawn = p[rng.integers(len(p), size=(RESAMPLES, len(p)))]
-    low, high = np.percentile((rng.random(drawn.shape) < drawn).mean(axis=1), [2.5, 97.5])
+def interval(p: Floats) -> tuple[float, float]:
+    """95% of the accuracies of N responses drawn with replacement from probabilities [N], each right with its own.
+
+    A response so drawn is right with the mean of p, whichever it is: the number of right ones is binomial.
+    """
+    from scipy.stats import binom
+
+    low, high = binom.ppf([0.025, 0.975], len(p), min(1.0, p.mean())) / len(p)
     return float(low), float(high)
 
 
@@ -177,7 +195,7 @@ def label_next(estimates: Sequence[SliceEstimate]) -> str | None:
 def leave_one_out(sentinel: Sentinel) -> list[SliceEstimate]:
     """Each training slice, estimated by a sentinel fitted on the others: what to expect on slices that nobody has labelled.
 
-    Raises `InvalidInput` with fewer than three slices.
+    Slices without which too few right or wrong responses are left are passed over. Raises `InvalidInput` with fewer than three.
     """
     names = list(dict.fromkeys(sentinel.slices))
     if len(names) < 3:
@@ -185,9 +203,11 @@ def leave_one_out(sentinel: Sentinel) -> list[SliceEstimate]:
     found, slices = [], np.array(sentinel.slices)
     for name in names:
         inside = slices == name
+        if not enough(sentinel.correct[~inside]):
+            continue
         known = Known(sentinel.without(name))
         labels = sentinel.correct[inside].astype(float)
-        found.append(estimate_slice(known, name, sentinel.values[inside], labels, seed=sentinel.config.seed))
+        found.append(estimate_slice(known, name, sentinel.values[inside], labels))
     return found
 
 

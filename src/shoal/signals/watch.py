@@ -2,11 +2,14 @@
 
 A window is the next so many responses of one slice. Example, windows of 200: the 200th response of the slice "german" ends its
 first window, the 400th its second; what is left over waits. Lines that are no traces are counted and said, and the rest goes
-on; the last line waits until it is whole. The file is all there is to keep: whoever starts again reads it from its beginning.
+on; the last line waits until it is whole, or for the last look. The file is all there is to keep: whoever starts again reads it
+from its beginning.
 """
 
 from __future__ import annotations
 
+import codecs
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,21 +55,29 @@ class Watch:
         self.num_refused = 0
         self._offset = self._line = 0
         self._waiting: dict[str, list[Traced]] = {}
+        self._num_windows: Counter[str] = Counter()
 
-    def poll(self) -> list[Window]:
-        """Read what has come since the last call; returns the windows that it filled. Raises `InvalidInput` without a file."""
+    def poll(self, *, final: bool = False) -> list[Window]:
+        """Read what has come since the last call; returns the windows that it filled. Raises `InvalidInput` without a file.
+
+        `final`: nothing more will come, so that a last line without an end counts.
+        """
         try:
             size = self.path.stat().st_size
             if size < self._offset:  # the file was started anew
                 self._offset = self._line = 0
+                self._waiting.clear()
             with open(self.path, "rb") as file:
                 file.seek(self._offset)
-                whole, newline, _ = file.read().rpartition(b"\n")
+                read = file.read()
         except OSError as error:
             raise InvalidInput(f"{self.path} cannot be read: {error.strerror}") from error
-        self._offset += len(whole) + len(newline)
+        whole = read if final else read[: read.rfind(b"\n") + 1]
+        start, self._offset = self._offset, self._offset + len(whole)
         filled: list[Window] = []
-        for line in whole.split(b"\n") if newline else ():
+        if start == 0:
+            whole = whole.removeprefix(codecs.BOM_UTF8)
+        for line in whole.removesuffix(b"\n").split(b"\n") if whole else ():
             self._line += 1
             filled += self._take(line)
         self.windows += filled
@@ -94,8 +105,8 @@ class Watch:
             self.num_responses[one.slice] = self.num_responses.get(one.slice, 0) + 1
             if len(waiting) == self.window:
                 (estimate,) = estimate_slices(self.sentinel, waiting)
-                number = self.num_responses[one.slice] // self.window - 1
-                filled.append(Window(number=number, estimate=self.affine.apply(estimate)))
+                filled.append(Window(number=self._num_windows[one.slice], estimate=self.affine.apply(estimate)))
+                self._num_windows[one.slice] += 1
                 waiting.clear()
         return filled
 
