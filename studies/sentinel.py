@@ -129,9 +129,9 @@ def train(work: Path, options: argparse.Namespace) -> None:
     print(read_json(work / "training.json"))
 
 
-def traces_file(work: Path, temperature: float) -> Path:
-    """Where the answers at a temperature are, once they are there."""
-    return work / f"traces-{temperature:g}.jsonl"
+def traces_file(work: Path, temperature: float, part: str = "") -> Path:
+    """Where the answers at a temperature are, once they are there; `part` tells several sets of slices apart."""
+    return work / f"traces{part}-{temperature:g}.jsonl"
 
 
 def answer(engine: Engine, asked: dict[str, list[Item]], temperature: float, path: Path) -> None:
@@ -158,7 +158,7 @@ def answer(engine: Engine, asked: dict[str, list[Item]], temperature: float, pat
         partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def measure(work: Path) -> dict[str, Any]:
+def measure(work: Path, part: str = "") -> dict[str, Any]:
     """Every slice from the others, at each temperature and by each kind of sentinel."""
     found: dict[str, Any] = {
         "settings": read_json(work / "study.json"),
@@ -167,7 +167,7 @@ def measure(work: Path) -> dict[str, Any]:
         "runs": [],
     }
     for temperature in TEMPERATURES:
-        traced = read_traces(traces_file(work, temperature))
+        traced = read_traces(traces_file(work, temperature, part))
         for features, classifier in SENTINELS:
             sentinel = Sentinel.fit(traced, SentinelConfig(features=features, classifier=classifier))
             left_out = leave_one_out(sentinel)

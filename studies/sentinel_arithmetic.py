@@ -4,9 +4,10 @@
 
 A Llama of 3 layers and width 128 over characters learns additions, subtractions and sums of digits, the answer's last digit first,
 from random ones; longer numbers are rarer in training. The slices were fixed before any of their answers was seen: `add 2` to
-`add 6` and `sub 2` to `sub 6` by number of digits, `terms 3` to `terms 8`; and, when these were nearly all right or all wrong,
-`terms 9` to `terms 14`, which are longer than any in training. 250 prompts each, none of them trained on. What is asked of the
-sentinel is in `sentinel.py`. No data is needed; an hour on one core, and an interrupted training goes on.
+`add 6` and `sub 2` to `sub 6` by number of digits, `terms 3` to `terms 8`, 250 prompts each, none of them trained on. `--longer`
+asks the same network for `terms 9` to `terms 14` as well, sums longer than any in training: with the same --work the training is
+done already. What is asked of the sentinel is in `sentinel.py`. No data is needed; an hour on one core, and an interrupted training
+goes on.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import argparse
 import json
 import random
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -35,7 +37,7 @@ BATCH, LEARNING_RATE = 256, 2e-3
 DIGITS = {1: 0.08, 2: 0.25, 3: 0.27, 4: 0.22, 5: 0.13, 6: 0.05}
 """How often numbers of so many digits are trained on."""
 TERMS = {2: 0.2, 3: 0.25, 4: 0.2, 5: 0.14, 6: 0.1, 7: 0.07, 8: 0.04}
-SLICES = {"add": range(2, 7), "sub": range(2, 7), "terms": range(3, 15)}
+SLICES = {"add": range(2, 7), "sub": range(2, 7), "terms": range(3, 9)}
 PER_SLICE = 250
 SAVE_EVERY = 250
 
@@ -56,10 +58,10 @@ def draw_one(rng: random.Random, kind: str, size: int) -> tuple[str, str]:
     return f"{max(a, b)}-{min(a, b)}=", str(abs(a - b))[::-1]
 
 
-def slices(count: int) -> dict[str, list[Item]]:
-    """What is asked."""
+def slices(count: int, kinds: Mapping[str, range] = SLICES) -> dict[str, list[Item]]:
+    """What is asked; a slice is the same whichever stand after it."""
     rng, found = random.Random("slices"), {}
-    for kind, sizes in SLICES.items():
+    for kind, sizes in kinds.items():
         for size in sizes:
             drawn: dict[str, str] = {}
             while len(drawn) < count:
@@ -146,29 +148,31 @@ def run(options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
     work: Path = options.work
     steps, count = (4, 3) if options.quick else (options.steps, PER_SLICE)
-    open_work(
-        work, {"steps": steps, "quick": options.quick, "slices": {kind: list(sizes) for kind, sizes in SLICES.items()}}
-    )
-    asked = slices(count)
-    train(work, steps, {item.prompt for items in asked.values() for item in items})
+    open_work(work, {"steps": steps, "quick": options.quick})
+    trained_without, part = slices(count), ""
+    asked = trained_without
+    if options.longer:
+        asked, part = slices(count, {**SLICES, "terms": range(3, 15)}), "-longer"
+    train(work, steps, {item.prompt for items in trained_without.values() for item in items})
     engine = Engine.from_pretrained(work / "model", dtype="float32", max_batch=64, cache_gib=1)
     for temperature in TEMPERATURES:
-        if not traces_file(work, temperature).is_file():
-            answer(engine, asked, temperature, traces_file(work, temperature))
+        if not traces_file(work, temperature, part).is_file():
+            answer(engine, asked, temperature, traces_file(work, temperature, part))
     if options.quick:
         return
-    result = measure(work)
+    result, name = measure(work, part), "sentinel_arithmetic" + part.replace("-", "_")
     print(describe(result))
-    draw(result, work / "sentinel.svg")
+    draw(result, work / f"sentinel{part}.svg")
     if options.save:
-        save("sentinel_arithmetic", result)
-        draw(result, RESULTS / "sentinel_arithmetic.svg")
-    print(json.dumps({"study": "sentinel_arithmetic", **result}))
+        save(name, result)
+        draw(result, RESULTS / f"{name}.svg")
+    print(json.dumps({"study": name, **result}))
 
 
 def main() -> None:
     options = parser(__doc__, work="sentinel_arithmetic")
     options.add_argument("--steps", type=int, default=8000)
+    options.add_argument("--longer", action="store_true", help="further slices: sums longer than those in training")
     try:
         run(options.parse_args())
     except ShoalError as error:

@@ -41,6 +41,7 @@ DESCRIBE = {
     "sentinel": sentinel.describe,
     "sentinel_shipped": sentinel.describe,
     "sentinel_arithmetic": sentinel.describe,
+    "sentinel_arithmetic_longer": sentinel.describe,
     "sentinel_depth": sentinel_depth.describe,
     "reproduction": reproduce_tables.describe,
 }
