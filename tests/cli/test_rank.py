@@ -78,6 +78,43 @@ def test_forecast_asks_nothing(docs: Path) -> None:
     assert "About 66 calls per query" in done.output
 
 
+def test_forecast_of_queries_of_several_sizes(docs: Path, tmp_path: Path) -> None:
+    """2 and 5 candidates: 1 + 10 pairs. A query without candidates is said to be left out; --depth cuts a single query's, too."""
+    topics, run = tmp_path / "topics.tsv", tmp_path / "in.trec"
+    topics.write_text("1\tone\n2\ttwo\n3\tthree\n")
+    run.write_text(run_lines("1", ["d1", "d2"], "t") + run_lines("2", [f"d{one}" for one in range(5)], "t"))
+    settings = ("--docs", docs, "-m", "no/where", "--plan", "--ranker", "all-pairs")
+    done = shoal("--queries", topics, "--run", run, *settings)
+    assert (
+        "About 6 calls per query (1 to 10 on simulated ones), 1 rounds at batch 32; 11 calls for 2 queries."
+        in " ".join(done.output.split())
+    )
+    assert "1 of 3 queries have no candidates" in done.output
+    assert "3 calls for 1 query." in shoal("--query", "q", "--depth", 3, *settings).output
+
+
+def test_files_as_others_write_them(model: Path, tmp_path: Path) -> None:
+    """Byte order marks, lines that end in two characters, separators within a line, fewer documents than the usual k."""
+    docs, topics, run, out = (tmp_path / name for name in ("docs.txt", "topics.tsv", "in.trec", "out.jsonl"))
+    docs.write_text("\ufeffone\r\ntwo\u2028and more\r\nthree\r\n", encoding="utf-8")
+    topics.write_text("\ufeffq\tfish\r\n", encoding="utf-8")
+    run.write_text("\ufeff" + run_lines("q", ["1", "2", "3"], "t"), encoding="utf-8")
+    done = shoal("--queries", topics, "--run", run, "--docs", docs, "-m", model, "--budget", 2, "-o", out)
+    assert done.exit_code == 0, done.output
+    (line,) = map(json.loads, out.read_text().splitlines())
+    assert (sorted(line["documents"]), line["query"], line["cut_query"]) == (["1", "2", "3"], "fish", False)
+
+
+def test_a_model_that_answers_neither(docs: Path) -> None:
+    """An error, with what to try."""
+    with judging() as server:
+        server.silent = True
+        address = f"http://127.0.0.1:{server.server_port}/v1#m"
+        done = shoal("--query", "q", "--docs", docs, "-m", address, "--mode", "generate", "--budget", 5)
+    assert done.exit_code == 1, done.output
+    assert "none of 5 answers" in done.output
+
+
 def test_ties_and_order_of_run_files(tmp_path: Path) -> None:
     """By score; of equal scores by rank; broken lines and repeats are named."""
     path = tmp_path / "run"
@@ -86,6 +123,7 @@ def test_ties_and_order_of_run_files(tmp_path: Path) -> None:
     for text, said in (
         ("q Q0 a 1 1 t\nq Q0 a 2 0 t\n", "line 2: document 'a' of query 'q' stands in line 1"), ("q Q0 a x 1 t\n", "line 1"),
         ("q Q0 a 1 nan t\n", "not finite"), ("", "holds no line"), ("q Q0\n", "expected query"),
+        ("q Q0 MS 12 1 2 t\n", "expected query"), ("q Q0 a 1 2\n", "expected query"),
     ):  # fmt: skip
         path.write_text(text)
         with pytest.raises(InvalidInput, match=said):
@@ -100,6 +138,7 @@ class Judge(ThreadingHTTPServer):
         self.allowed = 10**9
         self.answered: list[str] = []
         self.lock = threading.Lock()
+        self.silent = False
 
 
 class Judging(BaseHTTPRequestHandler):
@@ -112,7 +151,8 @@ class Judging(BaseHTTPRequestHandler):
                 return self.close_connection_now()
             self.server.answered.append(prompt)
         first, second = (int(line.split()[4]) for line in prompt.splitlines() if line.startswith("Passage "))
-        choice = {"index": 0, "text": f" Passage {'AB'[first < second]}", "finish_reason": "stop", "logprobs": None}
+        text = "I cannot say." if self.server.silent else f" Passage {'AB'[first < second]}"
+        choice = {"index": 0, "text": text, "finish_reason": "stop", "logprobs": None}
         usage = {"prompt_tokens": 9, "completion_tokens": 3, "total_tokens": 12}
         told = {"id": "1", "object": "text_completion", "created": 1, "model": "m", "choices": [choice], "usage": usage}
         content = json.dumps(told).encode()
@@ -185,6 +225,11 @@ def test_bad_input(docs: Path, tmp_path: Path) -> None:
     run.write_text("1 Q0 d99 1 1.0 t\n")
     other = tmp_path / "other.jsonl"
     other.write_text('{"text": "a"}\n{"text": ""}\n')
+    rising, some, words, spaced = (tmp_path / f"{name}.jsonl" for name in ("rising", "some", "words", "spaced"))
+    rising.write_text('{"text": "a", "score": 1}\n{"text": "b", "score": 2}\n')
+    some.write_text('{"text": "a", "score": 1}\n{"text": "b"}\n')
+    words.write_text('{"text": "a", "score": "high"}\n')
+    spaced.write_text('{"text": "a", "id": "MS 12"}\n{"text": "b"}\n')
     same = tmp_path / "same.txt"
     same.write_text("one\ntwo\none\n")
     model = ("-m", "no/where")
@@ -199,6 +244,16 @@ def test_bad_input(docs: Path, tmp_path: Path) -> None:
         (("--docs", docs, "--query", "q", "--ranker", "bogo", *model), "no ranker 'bogo'"),
         (("--docs", docs, "--query", "q", "-m", "http://localhost:1/v1"), "names no model"),
         (("--docs", tmp_path / "none", "--query", "q", *model), "cannot be read"),
+        (("--docs", rising, "--query", "q", *model), "line 2: the score 2 is above the one before"),
+        (("--docs", some, "--query", "q", *model), "1 of 2 documents have a 'score'"),
+        (("--docs", words, "--query", "q", *model), "'score' must be a number, got 'high'"),
+        (("--docs", spaced, "--query", "q", *model, "-o", tmp_path / "o.trec"), "the id 'MS 12' is empty or holds a space"),
+        (("--docs", docs, "--query", "q", *model, "-o", docs), "is the file that --docs is read from"),
+        (("--docs", docs, "--query", "q", *model, "-o", tmp_path / "no" / "o"), "cannot be written"),
+        (("--docs", docs, "--query", "q", *model, "--max-retries", 2), "--max-retries is for servers"),
+        (("--docs", docs, "--query", "q", *model, "--budget", 1, "--direction", "both"), "2 where pairs are asked in both"),
+        (("--docs", docs, "--query", "q\udcff", *model), "half of a surrogate pair"),
+        (("--docs", docs, "--query", "q", "-m", "http://127.0.0.1:port/v1#m"), "no address of a server"),
     ):  # fmt: skip
         done = shoal(*arguments)
         assert done.exit_code == 2, (arguments, done.output)

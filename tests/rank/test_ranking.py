@@ -65,11 +65,15 @@ def test_rankers_through_prompts(ranker: str, mode: str) -> None:
 
 
 def test_model_that_answers_neither() -> None:
-    """Its answers are counted, and the order stays."""
-    model = ScriptedModel(generate=lambda job: "I would rather not say")
-    done = rank("q", DOCS, model=model, k=3, budget=20, mode="generate", ranker="heapsort")
-    assert done.cost.unparsed == done.cost.calls > 0
-    assert done.order == list(range(10))
+    """Answers that cannot be read are counted and are ties; where none can, that is an error, and where they are no numbers."""
+    model = ScriptedModel(generate=lambda job: "I would rather not say" if "is 10" in job.prompt else in_words(job))
+    done = rank("q", DOCS, model=model, k=3, budget=90, mode="generate", ranker="all-pairs", direction="one")
+    assert (done.cost.unparsed, done.cost.calls) == (9, 45)
+    assert done.documents[0].text == LONGEST[1]
+    silent = ScriptedModel(generate=lambda job: "Neither", score=lambda job: [float("nan"), 0.0])
+    for mode in ("generate", "score"):
+        with pytest.raises(LanguageModelError, match="none of 20 answers of scripted could be read"):
+            rank("q", DOCS, model=silent, k=3, budget=20, mode=mode)
 
 
 def test_passages_are_cut_and_it_is_said() -> None:

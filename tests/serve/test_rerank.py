@@ -19,7 +19,8 @@ from families import save, tiny_model
 from running import running
 from shoal import Engine, SkipDecode
 from shoal.lm import LocalModel
-from shoal.rank import Ranking, rank
+from shoal.rank import RankConfig, Ranking
+from shoal.rank.ranking import rank_with
 from shoal.serve.config import ServeConfig
 
 QUERY = "do fish sleep?"
@@ -86,7 +87,7 @@ def post(address: str, *, patience_s: float = 60, **changes: Any) -> Answer:
 
 
 def ours(model: LocalModel, **settings: Any) -> Ranking:
-    return rank(QUERY, DOCS, model=model, **{"budget": 60, **settings})
+    return rank_with(model, RankConfig(**{"budget": 60, **settings}), QUERY, DOCS)
 
 
 @pytest.mark.parametrize(

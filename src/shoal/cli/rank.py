@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -17,9 +19,9 @@ from shoal.errors import InvalidInput, LanguageModelError
 from shoal.files import check_writable, replaced
 
 if TYPE_CHECKING:
-    from shoal.rank.forecast import Forecast
+    from shoal.rank.executor import Cost
     from shoal.rank.inputs import RankJob
-    from shoal.rank.ranking import Ranking
+    from shoal.rank.ranking import RankConfig, Ranking
 
 TAG = "shoal"
 
@@ -40,12 +42,15 @@ def rank(
         Path | None, typer.Option(help="With --queries: a TREC run file with the candidates of each.")
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="File: .jsonl, or else a TREC run file.")] = None,
-    k: Annotated[int, option("Ranking", "Places that matter.", "--k", "-k")] = 10,
+    k: Annotated[
+        int | None, option("Ranking", "Places that matter. Default: 10, or all.", "--k", "-k", show_default=False)
+    ] = None,
     budget: Annotated[int, option("Ranking", "Most model calls per query.")] = 100,
     ranker: Annotated[str, option("Ranking", "auto, adaptive, quicksort, heapsort, setwise, ...", "--ranker")] = "auto",
     depth: Annotated[
-        int, option("Ranking", "Candidates per query that are looked at, of a run file.", "--depth")
-    ] = 100,
+        int | None,
+        option("Ranking", "Only the first so many candidates. Default: 100 of a run file.", show_default=False),
+    ] = None,
     direction: Annotated[
         Literal["one", "both", "random"], option("Ranking", "Which document is shown first: as is, both ways, drawn.")
     ] = "random",
@@ -56,13 +61,16 @@ def rank(
     ] = "score",
     chat: Annotated[bool, option("Asking", "Ask by the model's chat template.", "--chat")] = False,
     template: Annotated[str | None, option("Asking", "A .toml file with your own prompt.")] = None,
-    max_passage_tokens: Annotated[int, option("Asking", "Tokens of each document that are shown.")] = 128,
+    max_query_tokens: Annotated[int, option("Asking", "Tokens of the query that are shown (of a server: words).")] = 64,
+    max_passage_tokens: Annotated[int, option("Asking", "The same of each document.")] = 128,
     cache: Annotated[
         Path | None, option("Asking", "Answers that are kept. Default: beside --out.", show_default=False)
     ] = None,
     plan: Annotated[bool, option("Asking", "Say what it would cost, and ask nothing.", "--plan")] = False,
     batch: Annotated[int, option("Model", "Prompts that run together.")] = 32,
-    max_retries: Annotated[int, option("Model", "Of a request to a server.")] = 5,
+    max_retries: Annotated[
+        int | None, option("Model", "Of a request to a server. Default: 5.", show_default=False)
+    ] = None,
     dtype: options.Dtype = "auto",
     device: Annotated[str, option("Model", "Of a checkpoint: cpu, cuda or cuda:1.")] = "cpu",
 ) -> None:
@@ -77,28 +85,26 @@ def rank(
     from shoal.lm.cache import AnswerCache
     from shoal.lm.cached import CachedModel
     from shoal.lm.resolve import load_model
-    from shoal.rank.forecast import plan as forecast
-    from shoal.rank.ranking import RankConfig, check_documents, rank_with
+    from shoal.rank.ranking import RankConfig, check_documents, check_read, rank_with
 
     console, errors = Console(), Console(stderr=True)
     config = RankConfig(
-        k=k, budget=budget, ranker=ranker, direction=direction, soft=soft, mode=mode, chat=chat,
-        template=template, max_passage_tokens=max_passage_tokens, seed=seed,
+        k=10 if k is None else k, budget=budget, ranker=ranker, direction=direction, soft=soft, mode=mode, chat=chat,
+        template=template, max_query_tokens=max_query_tokens, max_passage_tokens=max_passage_tokens, seed=seed,
     )  # fmt: skip
-    made, _ = config.make()
+    config.make()
     jobs = jobs_of(query, queries, run, docs, depth)
     for job in jobs:
         try:
             check_documents(job.query, job.texts)
         except InvalidInput as error:
             raise InvalidInput(f"query {job.query_id!r}: {error}") from None
-        if k > len(job.texts):
+        if k is not None and k > len(job.texts):
             raise InvalidInput(f"query {job.query_id!r}: --k {k} is above its {len(job.texts)} documents")
     if out is not None:
-        check_writable(out)
+        check_output(out, jobs, {"--docs": docs, "--queries": queries, "--run": run})
     if plan:
-        cost = forecast(len(jobs[0].texts), k, made, batch, budget=budget, direction=direction)
-        console.print(forecast_line(cost, len(jobs), batch), highlight=False)
+        console.print(forecast_line(config, jobs, batch), highlight=False)
         return
     asked = load_model(model, **model_options(model, batch, dtype, device, chat, max_retries))
     kept = cache or (None if out is None else out.with_name(out.name + ".answers"))
@@ -107,46 +113,77 @@ def rank(
     done: dict[str, Ranking] = {}
     with stages(errors) as show:
         for number, job in enumerate(jobs):
-            show("ranking", number, len(jobs))
+
+            def tell(cost: Cost, before: int = number * budget) -> None:
+                show("calls", before + cost.calls, budget * len(jobs))
+
             try:
-                done[job.query_id] = rank_with(asked, config, job.query, job.texts, scores=job.scores)
+                done[job.query_id] = rank_with(asked, config, job.query, job.texts, scores=job.scores, on_progress=tell)
             except LanguageModelError as error:
                 hint = f"answers so far are in {kept}: the same command goes on from there" if kept else "give --cache"
                 raise LanguageModelError(f"query {job.query_id!r}: {error} ({hint})") from error
+            check_read(list(done.values()), asked.name, config)
     if out is not None:
         write(out, jobs, done, config.ranker)
     if len(jobs) == 1:
-        console.print(documents_table(jobs[0], done[jobs[0].query_id], k))
+        console.print(documents_table(jobs[0], done[jobs[0].query_id], config.k))
     console.print(summary(list(done.values())), highlight=False)
 
 
-def jobs_of(query: str | None, queries: Path | None, run: Path | None, docs: Path, depth: int) -> list[RankJob]:
+def check_output(out: Path, jobs: list[RankJob], inputs: dict[str, Path | None]) -> None:
+    """Raises `InvalidInput` where the result could not be written, or would take the place of what it is made from."""
+    from shoal.rank.trec import check_ids
+
+    for name, path in inputs.items():
+        if path is not None and path.resolve() == out.resolve():
+            raise InvalidInput(f"--out {out} is the file that {name} is read from: choose another")
+    check_writable(out)
+    if out.suffix != ".jsonl":
+        check_ids(one for job in jobs for one in (job.query_id, *job.ids))
+
+
+def jobs_of(query: str | None, queries: Path | None, run: Path | None, docs: Path, depth: int | None) -> list[RankJob]:
     """What is to be ranked. Raises `InvalidInput`."""
     from shoal.rank.inputs import RankJob, jobs_of_run, read_documents, read_queries
 
     if (query is None) == (run is None) or (run is None) != (queries is None):
         raise InvalidInput("give --query, or else --queries and --run")
-    if depth < 1:
+    if depth is not None and depth < 1:
         raise InvalidInput(f"--depth must be 1 or more, got {depth}")
     texts, scores = read_documents(docs)
     if query is not None:
-        ids = tuple(texts)
-        return [RankJob(query_id="1", query=query, ids=ids, texts=tuple(texts.values()), scores=scores)]
+        ids, scores = tuple(texts)[:depth], None if scores is None else scores[:depth]
+        return [RankJob(query_id="1", query=query, ids=ids, texts=tuple(texts.values())[:depth], scores=scores)]
     assert run is not None
     assert queries is not None
-    return jobs_of_run(run, read_queries(queries), texts, depth=depth)
+    asked = read_queries(queries)
+    jobs = jobs_of_run(run, asked, texts, depth=100 if depth is None else depth)
+    if len(jobs) < len(asked):
+        print(
+            f"{len(asked) - len(jobs)} of {len(asked)} queries have no candidates in {run}: left out", file=sys.stderr
+        )
+    return jobs
 
 
-def model_options(model: str, batch: int, dtype: str, device: str, chat: bool, max_retries: int) -> dict[str, Any]:
+def model_options(
+    model: str,
+    batch: int,
+    dtype: str = "auto",
+    device: str = "cpu",
+    chat: bool = False,
+    max_retries: int | None = None,
+) -> dict[str, Any]:
     """Options of a checkpoint or of a server."""
     if not model.startswith(("http://", "https://")):
+        if max_retries is not None:
+            raise InvalidInput("--max-retries is for servers: a checkpoint that runs here is asked once")
         return {"dtype": dtype, "device": device, "max_batch": batch}
     from shoal.lm.remote import RemoteLimits
 
     if dtype != "auto" or device != "cpu":
         raise InvalidInput("--dtype and --device are for checkpoints that run here: a server decides its own")
     return {
-        "limits": RemoteLimits(concurrency=batch, max_retries=max_retries),
+        "limits": RemoteLimits(concurrency=batch, **({} if max_retries is None else {"max_retries": max_retries})),
         "api": "chat" if chat else "completions",
     }
 
@@ -174,6 +211,7 @@ def write(out: Path, jobs: list[RankJob], done: dict[str, Ranking], ranker: str)
                 "unparsed": cost.unparsed,
                 "finished": ranking.finished,
                 "cut_documents": ranking.cut_documents,
+                "cut_query": ranking.cut_query,
             }
         )
     with replaced(out) as partial:
@@ -204,12 +242,23 @@ def summary(rankings: list[Ranking]) -> str:
         said += f"; {unparsed} answers could not be read and count as ties"
     if cut:
         said += f"; of {cut} documents only the beginning was shown"
+    if cut_queries := sum(one.cut_query for one in rankings):
+        said += f"; of {cut_queries} queries as well"
     return said
 
 
-def forecast_line(cost: Forecast, num_queries: int, batch: int) -> str:
-    """What a ranking would take."""
+def forecast_line(config: RankConfig, jobs: list[RankJob], batch: int) -> str:
+    """What rankings would take, by the numbers of their documents."""
+    from shoal.rank.forecast import plan as forecast
+
+    ranker, _ = config.make()
+    sizes = Counter(len(job.texts) for job in jobs)
+    costs = {
+        n: forecast(n, min(config.k, n), ranker, batch, budget=config.budget, direction=config.direction) for n in sizes
+    }
+    calls, rounds = (sum(getattr(costs[n], name) * count for n, count in sizes.items()) for name in ("calls", "rounds"))
+    low, high = min(cost.low_calls for cost in costs.values()), max(cost.high_calls for cost in costs.values())
     return (
-        f"About {cost.calls:.0f} calls per query ({cost.low_calls} to {cost.high_calls} on simulated ones), "
-        f"{cost.rounds:.0f} rounds at batch {batch}; {cost.calls * num_queries:.0f} calls for {num_queries} queries."
+        f"About {calls / len(jobs):.0f} calls per query ({low} to {high} on simulated ones), {rounds / len(jobs):.0f} rounds at "
+        f"batch {batch}; {calls:.0f} calls for {len(jobs)} {'query' if len(jobs) == 1 else 'queries'}."
     )

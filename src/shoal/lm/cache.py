@@ -53,7 +53,7 @@ class AnswerCache:
     def read(self, keys: Sequence[str]) -> dict[str, dict[str, Any]]:
         """The answers that are there."""
         found: dict[str, dict[str, Any]] = {}
-        with self._lock:
+        with self._named(), self._lock:
             for start in range(0, len(keys), READ_AT_ONCE):
                 some = keys[start : start + READ_AT_ONCE]
                 marks = ",".join("?" * len(some))
@@ -63,8 +63,8 @@ class AnswerCache:
 
     def write(self, key: str, answer: Mapping[str, Any]) -> None:
         """Commit an answer; one that is there already stays."""
-        text = json.dumps(answer, ensure_ascii=False, allow_nan=False)
-        with self._lock:
+        text = json.dumps(answer, ensure_ascii=False)  # NaN comes back as NaN, for whoever asked to judge
+        with self._named(), self._lock:
             self._connection().execute("INSERT OR IGNORE INTO answers VALUES (?, ?)", (key, text))
 
     def __len__(self) -> int:
@@ -75,7 +75,9 @@ class AnswerCache:
     @contextmanager
     def claimed(self, keys: Sequence[str]) -> Iterator[None]:
         """Within the context nobody else asks for these keys; waits for those who do now."""
-        with open(self.path.with_name(self.path.name + ".claims"), "ab") as file:
+        with self._named():
+            file = open(self.path.with_name(self.path.name + ".claims"), "ab")  # noqa: SIM115
+        with file:
             for place in sorted({int(key[:14], 16) for key in keys}):
                 # struct flock: type, whence, start, length, process
                 fcntl.fcntl(file, SET_AND_WAIT, struct.pack("@hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, place, 1, 0))
@@ -87,6 +89,16 @@ class AnswerCache:
             if self._open is not None:
                 self._open[1].close()
                 self._open = None
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Errors of the file by its name."""
+        try:
+            yield
+        except (OSError, sqlite3.Error) as error:
+            raise InvalidInput(
+                f"{self.path} cannot be used as a cache of answers ({error}): choose another file"
+            ) from None
 
     def _connection(self) -> sqlite3.Connection:
         """Of this process: a connection must not cross a fork."""

@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from typing import Any, TypeVar
 
 from shoal.engine.ledger import Ledger
+from shoal.errors import InvalidInput
 from shoal.lm.cache import AnswerCache, key_of
 from shoal.lm.contract import (
     ChatJob,
@@ -71,7 +72,12 @@ class CachedModel:
         answers: dict[str, A] = {}
         with self.cache.claimed(keys):
             for key, kept in self.cache.read(list(first)).items():
-                answer = parse(kept)
+                try:
+                    answer = parse(kept)
+                except (KeyError, TypeError) as error:
+                    raise InvalidInput(
+                        f"{self.cache.path} holds what is no answer ({error}): choose another file"
+                    ) from None
                 answers[key] = replace(answer, usage=replace(answer.usage, paid_calls=0))
             missing = [key for key in first if key not in answers]
 
@@ -82,7 +88,9 @@ class CachedModel:
                     on_done(first[missing[place]], answer)
 
             if missing:
-                ask([jobs[first[key]] for key in missing], on_done=note)
+                for place, answer in enumerate(ask([jobs[first[key]] for key in missing], on_done=note)):
+                    if missing[place] not in answers:  # a model that does not tell of them as they come
+                        note(place, answer)
         told = {first[key] for key in missing}
         listed: list[A] = []
         for place, key in enumerate(keys):

@@ -34,7 +34,8 @@ class LocalModel(EngineModel):
     def from_pretrained(cls, path: str | os.PathLike[str], *, plan: Plan | None = None, **options: Any) -> LocalModel:
         """Load a checkpoint; `options` are those of `Engine.from_pretrained`."""
         engine = Engine.from_pretrained(path, **options)
-        return cls(engine, name=f"{os.fspath(path)} {options.get('dtype', 'auto')}", plan=plan)
+        name = f"{os.fspath(path)} {engine.config.fingerprint[:12]} {options.get('dtype', 'auto')}"
+        return cls(engine, name=name, plan=plan)
 
     def run(
         self, prompts: Sequence[Tokens], samplings: Sequence[Sampling], note: Callable[[int, Generation], None]

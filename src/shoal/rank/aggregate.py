@@ -43,7 +43,8 @@ def spectral(n: int, questions: Sequence[Question], answers: Sequence[Shares], *
     """[n]: log of the stationary distribution of a walk that goes to winners (rank centrality, Negahban et al. 2012): the
     first stage of Spectral-MLE (Chen and Suh 2015). Its second stage, the likelihood, is `bradley_terry`.
 
-    Every document is joined to every other by a part of `PRIOR_GAMES`, so that the walk reaches all.
+    Unlike theirs, every document is joined to every other by a drawn part of `PRIOR_GAMES`, so that the walk reaches all: a pair
+    that never met weighs as much as one that did.
     """
     wins = wins_of(n, questions, answers) + PRIOR_GAMES / (2 * n)
     np.fill_diagonal(wins, 0.0)

@@ -51,7 +51,7 @@ class Run:
     cost: Cost
     """What it took."""
     finished: bool
-    """Whether the ranker came to its end, or the budget did."""
+    """Whether the ranker came to its end with calls to spare; one that plans for its budget does not."""
     snapshots: dict[int, list[int]]
     """The order at smaller budgets, where asked for: what a run with that budget returns."""
 
@@ -84,7 +84,8 @@ def run(
         except StopIteration as end:
             order = settle(task.n, [[document] for document in end.value])
             snapshots.update(dict.fromkeys(waiting, order))
-            return Run(order=order, cost=cost, finished=True, snapshots=snapshots)
+            finished = task.budget is None or cost.calls + price <= task.budget
+            return Run(order=order, cost=cost, finished=finished, snapshots=snapshots)
         keys = [key_of(question, oracle) for question in asked.questions]
         new = list(dict.fromkeys(key for key in keys if key not in answers)) if ranker.reuse else keys
         affordable = len(new) if task.budget is None else min(len(new), (task.budget - cost.calls) // price)

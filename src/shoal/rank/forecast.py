@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from shoal.rank.executor import run
+from shoal.rank.executor import check_task, run
 from shoal.rank.oracle import Direction, Oracle
 from shoal.rank.questions import Ranker, Task
 from shoal.rank.rankers import ranker_named
@@ -32,7 +32,7 @@ class Forecast:
     rounds: float
     """Batches on the critical path."""
     tokens: float
-    """Of prompts: calls times what one takes."""
+    """Of prompts: calls times what one takes, where that was given."""
 
 
 def plan(
@@ -52,9 +52,11 @@ def plan(
     Args:
         ranker: a name, or a ranker.
         batch: prompts that run together.
+        tokens_per_call: of a prompt, which only a model's tokenizer can tell.
         prior_noise: standard deviation of the first stage's error, where relevance has 1.
-        samples: simulated queries.
+        samples: simulated queries, 1 or more.
     """
+    check_task(Task(n=n, k=k, budget=budget, batch=batch))
     made = ranker_named(ranker) if isinstance(ranker, str) else ranker
     calls, rounds = [], []
     for seed in range(samples):

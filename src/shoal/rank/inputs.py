@@ -28,7 +28,8 @@ def read_documents(path: Path) -> tuple[dict[str, str], tuple[float, ...] | None
     """Texts by id in the file's order, and their scores where all have one.
 
     A `.jsonl` file has an object per line with `text` and perhaps `id` and `score`; any other file has a document per line. Ids
-    that are missing are line numbers. Raises `InvalidInput` with the line's number.
+    that are missing are line numbers. Raises `InvalidInput` with the line's number, and where some documents have scores and others
+    none, or a later one a higher score.
     """
     texts: dict[str, str] = {}
     scores: list[float] = []
@@ -36,25 +37,32 @@ def read_documents(path: Path) -> tuple[dict[str, str], tuple[float, ...] | None
         parse_jsonl(read_text(path), str(path))
         if path.suffix == ".jsonl"
         else (
-            (number, {"text": line})
-            for number, line in enumerate(read_text(path).splitlines(), start=1)
-            if line.strip()
+            (number, {"text": line}) for number, line in enumerate(read_text(path).split("\n"), start=1) if line.strip()
         )
     )
     for number, fields in rows:
         where, text = f"{path}, line {number}", fields.get("text")
         if not isinstance(text, str) or not text.strip():
             raise InvalidInput(f"{where}: 'text' must be a text that is not empty, got {text!r}")
-        key = str(fields.get("id", number))
+        key = str(number if (given := fields.get("id")) is None else given)
         if key in texts:
             raise InvalidInput(f"{where}: the id {key!r} stands in the file already")
         texts[key] = text
-        score = fields.get("score")
-        if isinstance(score, int | float) and not isinstance(score, bool):
+        if (score := fields.get("score")) is not None:
+            if not isinstance(score, int | float) or isinstance(score, bool):
+                raise InvalidInput(f"{where}: 'score' must be a number, got {score!r}")
+            if scores and score > scores[-1]:
+                raise InvalidInput(
+                    f"{where}: the score {score} is above the one before: the best document stands first"
+                )
             scores.append(float(score))
+        if scores and len(scores) < len(texts):
+            raise InvalidInput(
+                f"{where}: {len(scores)} of {len(texts)} documents have a 'score': give it for all, or none"
+            )
     if not texts:
         raise InvalidInput(f"{path} holds no document")
-    return texts, tuple(scores) if len(scores) == len(texts) else None
+    return texts, tuple(scores) or None
 
 
 def read_queries(path: Path) -> dict[str, str]:
@@ -66,7 +74,7 @@ def read_queries(path: Path) -> dict[str, str]:
             for number, one in parse_jsonl(read_text(path), str(path))
         )
     else:
-        lines = enumerate(read_text(path).splitlines(), start=1)
+        lines = enumerate(read_text(path).split("\n"), start=1)
         rows = ((number, *line.partition("\t")[::2]) for number, line in lines if line.strip())
     for number, key, text in rows:
         if not key or not isinstance(text, str) or not text.strip():

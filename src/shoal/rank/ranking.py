@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from shoal.errors import InvalidInput
+from shoal.errors import InvalidInput, LanguageModelError
 from shoal.lm.cache import AnswerCache
 from shoal.lm.cached import CachedModel
 from shoal.lm.contract import LanguageModel
@@ -50,8 +51,8 @@ class RankConfig:
         rules = {
             "k": (self.k >= 1, "1 or more"),
             "budget": (
-                self.budget is None or self.budget >= 1,
-                "1 or more: without a call there is nothing to rank by",
+                self.budget is None or self.budget >= 1 + (self.direction == "both"),
+                "1 or more, 2 where pairs are asked in both directions: without a call there is nothing to rank by",
             ),
             "max_query_tokens": (self.max_query_tokens >= 1, "1 or more"),
             "max_passage_tokens": (self.max_passage_tokens >= 1, "1 or more"),
@@ -65,15 +66,16 @@ class RankConfig:
 
     def make(self) -> tuple[Ranker, Template]:
         """The ranker, and the template that fits it."""
-        kind = KINDS.get(self.ranker, "pair")
-        template = load_template(self.template or kind)
+        ranker, kind = ranker_named(self.ranker), KINDS.get(self.ranker, "pair")
+        usual = "pair-label" if kind == "pair" and self.chat and self.mode == "score" else kind
+        template = load_template(self.template or usual)
         if template.kind != kind:
             raise InvalidInput(
                 f"ranker {self.ranker!r} needs a template of kind {kind}, {template.name!r} is of {template.kind}"
             )
         if kind == "pair" and len(template.labels) != 2:
             raise InvalidInput(f"template {template.name!r} needs two labels, it has {len(template.labels)}")
-        return ranker_named(self.ranker), template
+        return ranker, template
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +99,7 @@ class Ranking:
     cost: Cost
     """Calls, rounds, tokens."""
     finished: bool
-    """Whether the ranker came to its end before the budget did."""
+    """Whether the ranker came to its end with calls to spare."""
     cut_documents: int
     """Documents of which only the first `max_passage_tokens` tokens were shown."""
     cut_query: bool
@@ -121,7 +123,7 @@ def rank(
     on_progress: Callable[[Cost], None] | None = None,
     **settings: Any,
 ) -> Ranking:
-    """Rank documents with at most `budget` model calls.
+    """Rank documents with at most `budget` model calls. Raises `LanguageModelError` where no answer can be read.
 
     >>> from shoal.lm import ScriptedModel
     >>> longest = ScriptedModel(score=lambda job: [float(len(part)) for part in job.prompt.split("Passage ")[1:3]])
@@ -133,7 +135,7 @@ def rank(
         model: a checkpoint, `http://host/v1#name`, or a `LanguageModel`.
         k: places that matter; cut to the number of documents.
         cache: a file of answers that survives, and is shared with other processes.
-        scores: the first stage's, falling.
+        scores: the first stage's, one per document, none above the one before.
         on_progress: told the cost after each round.
         settings: further fields of `RankConfig`.
     """
@@ -141,7 +143,9 @@ def rank(
     asked = load_model(model) if isinstance(model, str) else model
     if cache is not None:
         asked = CachedModel(asked, cache if isinstance(cache, AnswerCache) else AnswerCache(cache))
-    return rank_with(asked, config, query, docs, scores=scores, on_progress=on_progress)
+    ranking = rank_with(asked, config, query, docs, scores=scores, on_progress=on_progress)
+    check_read([ranking], asked.name, config)
+    return ranking
 
 
 def rank_with(
@@ -155,6 +159,7 @@ def rank_with(
 ) -> Ranking:
     """`rank` with its settings checked and its model loaded."""
     check_documents(query, docs)
+    check_scores(scores, len(docs))
     ranker, template = config.make()
     shown_query = model.cut(query, config.max_query_tokens)
     passages = [model.cut(text, config.max_passage_tokens) for text in docs]
@@ -188,16 +193,49 @@ def rank_with(
 
 def check_documents(query: str, docs: Sequence[str]) -> None:
     """Raises `InvalidInput` for what cannot be ranked."""
-    if isinstance(docs, str):
-        raise InvalidInput("docs must be a list of texts, got one text")
-    if not query.strip():
+    if isinstance(docs, str) or not isinstance(docs, Sequence):
+        raise InvalidInput(f"docs must be a list of texts, got {type(docs).__name__}")
+    if not isinstance(query, str) or not query.strip():
         raise InvalidInput("the query is empty")
+    if not is_text(query):
+        raise InvalidInput("the query holds half of a surrogate pair, which is not text")
     if not docs:
         raise InvalidInput("there are no documents to rank")
     first: dict[str, int] = {}
     for place, text in enumerate(docs):
         if not isinstance(text, str) or not text.strip():
             raise InvalidInput(f"document {place} is empty: leave it out")
+        if not is_text(text):
+            raise InvalidInput(f"document {place} holds half of a surrogate pair, which is not text")
         if text in first:
             raise InvalidInput(f"documents {first[text]} and {place} are the same text: give it once")
         first[text] = place
+
+
+def is_text(text: str) -> bool:
+    """Whether it can be written as UTF-8."""
+    try:
+        return text.isascii() or bool(text.encode())
+    except UnicodeEncodeError:
+        return False
+
+
+def check_read(rankings: Sequence[Ranking], name: str, config: RankConfig) -> None:
+    """Raises `LanguageModelError` where none of the answers behind some rankings could be read."""
+    calls, unparsed = (sum(getattr(one.cost, what) for one in rankings) for what in ("calls", "unparsed"))
+    if 0 < unparsed == calls:
+        advice = "'score'" if config.mode == "generate" else "'generate', or a template whose labels it says first"
+        raise LanguageModelError(f"none of {calls} answers of {name} could be read as a label: try mode {advice}")
+
+
+def check_scores(scores: Sequence[float] | None, count: int) -> None:
+    """Raises `InvalidInput` where there is not one per document, the best first."""
+    if scores is None:
+        return
+    if len(scores) != count:
+        raise InvalidInput(f"got {len(scores)} first-stage scores for {count} documents")
+    for place, (before, score) in enumerate(itertools.pairwise(scores), start=1):
+        if score > before:
+            raise InvalidInput(
+                f"document {place} has a higher score than the one before: give documents and scores best first"
+            )

@@ -25,7 +25,7 @@ def read_run(path: Path) -> Run:
         where = f"{path}, line {number}"
         columns = line.split()
         try:
-            query, _, document, rank, score = columns[:5]
+            query, _, document, rank, score, _ = columns
             row = (float(score), int(rank), number)
         except ValueError:
             raise InvalidInput(
@@ -52,6 +52,15 @@ def run_lines(query: str, documents: Sequence[str], tag: str) -> str:
     return "".join(f"{query} Q0 {document} {place} {count + 1 - place} {tag}\n" for place, document in rows)
 
 
+def check_ids(ids: Iterable[str]) -> None:
+    """Raises `InvalidInput` for ids that a run file, whose columns stand between spaces, cannot hold."""
+    for one in ids:
+        if len(one.split()) != 1:
+            raise InvalidInput(
+                f"the id {one!r} is empty or holds a space, which a run file cannot: write .jsonl, or rename it"
+            )
+
+
 def write_run(path: Path, orders: Mapping[str, Iterable[str]], tag: str) -> None:
     """A run file, whole or as it was."""
     text = "".join(run_lines(query, list(documents), tag) for query, documents in orders.items())
@@ -60,9 +69,9 @@ def write_run(path: Path, orders: Mapping[str, Iterable[str]], tag: str) -> None
 
 
 def read_text(path: Path) -> str:
-    """A text file. Raises `InvalidInput` where it cannot be read."""
+    """A text file, without a byte order mark. Raises `InvalidInput` where it cannot be read."""
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise InvalidInput(f"{path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:

@@ -48,7 +48,7 @@ class Quicksort:
             for place, pivot, others in opened:
                 left: list[int] = []
                 right: list[int] = []
-                middle = len(others) // 2 if len(others) % 2 == 0 else (len(others) + 1) // 2
+                middle = (len(others) + 1) // 2
                 for at, one in enumerate(others):
                     shares = next(answers)
                     share = shares[1] if pivot_first else shares[0]
