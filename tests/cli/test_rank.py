@@ -85,10 +85,7 @@ def test_forecast_of_queries_of_several_sizes(docs: Path, tmp_path: Path) -> Non
     run.write_text(run_lines("1", ["d1", "d2"], "t") + run_lines("2", [f"d{one}" for one in range(5)], "t"))
     settings = ("--docs", docs, "-m", "no/where", "--plan", "--ranker", "all-pairs")
     done = shoal("--queries", topics, "--run", run, *settings)
-    assert (
-        "About 6 calls per query (1 to 10 on simulated ones), 1 rounds at batch 32; 11 calls for 2 queries."
-        in " ".join(done.output.split())
-    )
+    assert "About 6 calls per query (1 to 10 on simulated ones), 1 rounds at batch 32; 11 calls for 2" in done.output
     assert "1 of 3 queries have no candidates" in done.output
     assert "3 calls for 1 query." in shoal("--query", "q", "--depth", 3, *settings).output
 

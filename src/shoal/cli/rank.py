@@ -104,7 +104,7 @@ def rank(
     if out is not None:
         check_output(out, jobs, {"--docs": docs, "--queries": queries, "--run": run})
     if plan:
-        console.print(forecast_line(config, jobs, batch), highlight=False)
+        console.print(forecast_line(config, jobs, batch), highlight=False, soft_wrap=True)
         return
     asked = load_model(model, **model_options(model, batch, dtype, device, chat, max_retries))
     kept = cache or (None if out is None else out.with_name(out.name + ".answers"))
@@ -127,7 +127,7 @@ def rank(
         write(out, jobs, done, config.ranker)
     if len(jobs) == 1:
         console.print(documents_table(jobs[0], done[jobs[0].query_id], config.k))
-    console.print(summary(list(done.values())), highlight=False)
+    console.print(summary(list(done.values())), highlight=False, soft_wrap=True)
 
 
 def check_output(out: Path, jobs: list[RankJob], inputs: dict[str, Path | None]) -> None:
