@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sqlite3
@@ -10,6 +11,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,11 +27,13 @@ from shoal.lm import (
     Message,
     Reply,
     ScoreJob,
+    Scores,
     ScriptedModel,
     ToolCall,
     Usage,
 )
 from shoal.lm.cache import key_of
+from shoal.lm.contract import OnDone
 
 WORKER = """
 import os, random, sys, time
@@ -182,3 +186,52 @@ def test_not_a_cache(tmp_path: Path) -> None:
     connection.close()
     with pytest.raises(InvalidInput, match="version 7"):
         AnswerCache(later)
+    foreign = tmp_path / "foreign"
+    connection = sqlite3.connect(foreign)
+    connection.execute("CREATE TABLE answers (question TEXT)")
+    with pytest.raises(InvalidInput, match="is no cache"):
+        AnswerCache(foreign)
+    assert connection.execute("PRAGMA user_version").fetchone() == (0,)
+    connection.close()
+
+
+@pytest.mark.parametrize("row", ["{}", "[1]", "7", "not JSON"])
+def test_rows_that_are_no_answers(tmp_path: Path, row: str) -> None:
+    """A row that somebody else wrote is refused by the file's name."""
+    path = tmp_path / "answers"
+    model = CachedModel(ScriptedModel(score=lambda job: [0.0]), AnswerCache(path))
+    job = ScoreJob(prompt="p", continuations=("a",))
+    model.score([job])
+    with sqlite3.connect(path) as connection:
+        connection.execute("UPDATE answers SET answer = ?", (row,))
+    connection.close()
+    with pytest.raises(InvalidInput, match=f"{path} .*choose another file"):
+        model.score([job])
+
+
+def test_claims_that_cannot_be_made(tmp_path: Path) -> None:
+    """A directory stands where the locks would be."""
+    (tmp_path / "answers.claims").mkdir()
+    model = CachedModel(ScriptedModel(generate=lambda job: "x"), AnswerCache(tmp_path / "answers"))
+    with pytest.raises(InvalidInput, match="cannot be used as a cache"):
+        model.generate([GenerateJob(prompt="p")])
+
+
+def test_a_model_that_tells_nothing_on_the_way(tmp_path: Path) -> None:
+    """What it returns is kept and told of all the same; so are scores that are NaN, for whoever asked to judge."""
+
+    class Silent(ScriptedModel):
+        def score(self, jobs: Sequence[ScoreJob], *, on_done: OnDone[Scores] | None = None) -> list[Scores]:
+            return super().score(jobs)
+
+    script = Silent(score=lambda job: [float("nan"), -1.0])
+    model = CachedModel(script, AnswerCache(tmp_path / "answers"))
+    jobs = [ScoreJob(prompt=prompt, continuations=("a", "b")) for prompt in ("p", "q")]
+    heard: list[int] = []
+    model.score(jobs, on_done=lambda place, answer: heard.append(place))
+    again = model.score(jobs)
+    assert sorted(heard) == [0, 1]
+    assert len(script.asked) == 2
+    for answer in again:
+        assert math.isnan(answer.logprobs[0])  # type: ignore[arg-type]
+        assert answer.logprobs[1] == -1.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from shoal import Engine
 from shoal.errors import InvalidInput, LanguageModelError
 from shoal.lm import AnswerCache, GenerateJob, LocalModel, ScoreJob, ScriptedModel
 from shoal.lm.remote import RemoteModel
-from shoal.rank import RankConfig, rank
+from shoal.rank import RankConfig, plan, rank
+from shoal.rank.questions import Task
+from shoal.rank.rankers.adaptive import prior_of
 from shoal.rank.templates import Template, load_template
 from shoal.serve.config import ServeConfig
 
@@ -195,12 +198,44 @@ def test_bad_input() -> None:
     ):
         with pytest.raises(InvalidInput, match=said):
             rank("q", docs, model=model)
-    with pytest.raises(InvalidInput, match="query is empty"):
-        rank(" ", DOCS, model=model)
+    with pytest.raises(InvalidInput, match="must be a list of texts, got generator"):
+        rank("q", (text for text in DOCS), model=model)  # type: ignore[arg-type]
+    for query, said in ((" ", "query is empty"), (None, "query is empty"), ("q\udcff", "surrogate")):
+        with pytest.raises(InvalidInput, match=said):
+            rank(query, DOCS, model=model)  # type: ignore[arg-type]
     for settings, said in (
         ({"budget": 0}, "budget must be 1 or more"), ({"k": 0}, "k must be"), ({"soft": True, "mode": "generate"}, "soft"),
-        ({"ranker": "bogosort"}, "no ranker"), ({"mode": "guess"}, "mode"),
+        ({"ranker": "bogosort"}, "no ranker"), ({"mode": "guess"}, "mode"), ({"budget": 2.5}, "budget must be a whole number"),
+        ({"k": None}, "k must be a whole"), ({"budget": 1, "direction": "both"}, "budget must be"),
+        ({"scores": [1.0]}, "1 first-stage scores"), ({"scores": list(range(len(DOCS)))}, "higher score"),
     ):  # fmt: skip
         with pytest.raises(InvalidInput, match=said):
             rank("q", DOCS, model=model, **settings)  # type: ignore[arg-type]
     assert model.asked == []
+
+
+@pytest.mark.parametrize("ranker", ["adaptive", "bradley-terry", "spectral", "quicksort", "all-pairs"])
+def test_an_end_is_told_from_a_stop(ranker: str) -> None:
+    """Also of rankers that cut themselves to the budget: 10 calls for 30 documents end none of them, 435 pairs all."""
+    texts = [f"text {number}" for number in range(30)]
+    few, many = (
+        rank("q", texts, model=ScriptedModel(score=by_score), ranker=ranker, budget=budget) for budget in (10, 436)
+    )
+    assert (few.cost.calls, few.finished, many.finished) == (10, False, True)
+
+
+def test_forecasts_of_many_documents() -> None:
+    """Fewer samples, and what cannot be is refused."""
+    assert plan(4000, 10, "heapsort", 32, budget=5).calls == 5
+    for sizes, said in (({"n": -1}, "n must be"), ({"k": 9}, "k must be"), ({"samples": 0}, "samples must be")):
+        with pytest.raises(InvalidInput, match=said):
+            plan(**{"n": 8, "k": 2, "ranker": "quicksort", "batch": 4, **sizes})  # type: ignore[arg-type]
+
+
+def test_scores_too_large_to_square() -> None:
+    """Count as none; no warning of an overflow."""
+    scores = [1e308 * (1 - place / 10) for place in range(8)]
+    task = Task(n=8, k=3, scores=scores)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert prior_of(task).tolist() == prior_of(Task(n=8, k=3)).tolist()

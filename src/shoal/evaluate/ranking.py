@@ -59,7 +59,9 @@ class EvaluateConfig:
     budgets: tuple[int, ...] = (20, 50, 100, 150, 200)
     """Model calls per query, rising."""
     k: int = 10
+    """Places that matter; all of a topic's documents where it has fewer."""
     batch: int = 32
+    """Prompts that run together."""
     seeds: int = 1
     """Draws of a simulated comparator and of directions."""
     noise: str = "published"
@@ -74,6 +76,8 @@ class EvaluateConfig:
                 list(self.budgets) == sorted(set(self.budgets)) and min(self.budgets, default=0) > 0,
                 "rising, above 0",
             ),
+            "k": (self.k >= 1, "1 or more"),
+            "batch": (self.batch >= 1, "1 or more"),
             "seeds": (self.seeds >= 1, "1 or more"),
             "noise": (self.noise in NOISE_MODELS, f"one of {', '.join(NOISE_MODELS)}"),
             "jobs": (self.jobs >= 1, "1 or more"),
@@ -149,7 +153,7 @@ def evaluate_ranking(
     """Measure every arm on a collection, against judgements through a simulated comparator or by asking `model`."""
     measure = measurer(collection)
     jobs = [(arm, seed) for arm in config.arms for seed in range(config.seeds if model is None else 1)]
-    told: dict[str, list[tuple[Orders, float, float]]] = {arm.label: [] for arm in config.arms}
+    told: dict[str, list[tuple[Orders, list[int], float]]] = {arm.label: [] for arm in config.arms}
     for done, found in enumerate(run_jobs(collection, config, jobs, model), start=1):
         told[jobs[done - 1][0].label].append(found)
         report(f"{collection.name}: rankings", done, len(jobs))
@@ -159,7 +163,7 @@ def evaluate_ranking(
         for budget in config.budgets:
             measured = [measure(orders[budget]) for orders, _, _ in runs]
             values = {name: tuple(np.mean([one[name] for one in measured], axis=0).tolist()) for name in MEASURES}
-            calls = float(np.mean([min(budget, calls) for _, calls, _ in runs]))
+            calls = float(np.mean([np.minimum(budget, calls) for _, calls, _ in runs]))
             points.append(
                 Point(budget=budget, values=values, calls=calls, rounds=float(np.mean([one[2] for one in runs])))
             )
@@ -184,7 +188,7 @@ def run_jobs(
     config: EvaluateConfig,
     jobs: Sequence[tuple[ArmConfig, int]],
     model: LanguageModel | None,
-) -> Iterable[tuple[Orders, float, float]]:
+) -> Iterable[tuple[Orders, list[int], float]]:
     """Each arm's orders under each seed, calls and rounds; in several processes where no model is asked."""
     work = partial(run_arm, collection, config, model)
     if model is not None or config.jobs == 1:
@@ -196,8 +200,8 @@ def run_jobs(
 
 def run_arm(
     collection: Collection, config: EvaluateConfig, model: LanguageModel | None, job: tuple[ArmConfig, int]
-) -> tuple[Orders, float, float]:
-    """All topics of an arm under one seed: orders by budget, and mean calls and rounds of the longest run."""
+) -> tuple[Orders, list[int], float]:
+    """All topics of an arm under one seed: orders by budget; of the longest run each topic's calls, and mean rounds."""
     arm, seed = job
     ranker = ranker_named(arm.ranker)
     by_budget = config.budgets if plans_by_budget(ranker, config.budgets, arm.direction) else config.budgets[-1:]
@@ -224,7 +228,7 @@ def run_arm(
                 orders[noted].append(order)
         calls.append(done.cost.calls)
         rounds.append(done.cost.rounds)
-    return orders, float(np.mean(calls)), float(np.mean(rounds))
+    return orders, calls, float(np.mean(rounds))
 
 
 def plans_by_budget(ranker: Ranker, budgets: Sequence[int], direction: Direction) -> bool:

@@ -95,7 +95,7 @@ class AnswerCache:
         """Errors of the file by its name."""
         try:
             yield
-        except (OSError, sqlite3.Error) as error:
+        except (OSError, sqlite3.Error, json.JSONDecodeError) as error:
             raise InvalidInput(
                 f"{self.path} cannot be used as a cache of answers ({error}): choose another file"
             ) from None
@@ -115,6 +115,7 @@ class AnswerCache:
             connection.execute(
                 "CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, answer TEXT NOT NULL) WITHOUT ROWID"
             )
+            connection.execute("SELECT key, answer FROM answers LIMIT 0")  # somebody else's table has other columns
             connection.execute(f"PRAGMA user_version={VERSION}")
             self._open = os.getpid(), connection
         return self._open[1]

@@ -12,11 +12,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from shoal.errors import InvalidInput
 from shoal.rank.executor import check_task, run
 from shoal.rank.oracle import Direction, Oracle
 from shoal.rank.questions import Ranker, Task
 from shoal.rank.rankers import ranker_named
 from shoal.rank.simulate import Simulated
+
+
+SAMPLES = 10
+"""Simulated queries."""
+SAMPLED_DOCUMENTS = 3000
+"""Of all simulated queries together: of many documents fewer are drawn, since a sample takes what ranking takes here."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +52,7 @@ def plan(
     direction: Direction = "random",
     tokens_per_call: float = 0.0,
     prior_noise: float = 1.0,
-    samples: int = 10,
+    samples: int | None = None,
 ) -> Forecast:
     """Calls, rounds and tokens of ranking the best `k` of `n` documents.
 
@@ -54,9 +61,13 @@ def plan(
         batch: prompts that run together.
         tokens_per_call: of a prompt, which only a model's tokenizer can tell.
         prior_noise: standard deviation of the first stage's error, where relevance has 1.
-        samples: simulated queries, 1 or more.
+        samples: simulated queries, 1 or more; None for 10, and fewer of more than 300 documents.
     """
     check_task(Task(n=n, k=k, budget=budget, batch=batch))
+    if samples is None:
+        samples = min(SAMPLES, max(1, SAMPLED_DOCUMENTS // n))
+    if samples < 1:
+        raise InvalidInput(f"samples must be 1 or more, got {samples}")
     made = ranker_named(ranker) if isinstance(ranker, str) else ranker
     calls, rounds = [], []
     for seed in range(samples):

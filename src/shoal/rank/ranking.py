@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,7 +39,7 @@ class RankConfig:
     """Whether answers are scored or written."""
     chat: bool = False
     """Whether prompts are a user's turn of a chat."""
-    template: str | None = None
+    template: str | os.PathLike[str] | None = None
     """A name, or a .toml file; None is the one that the ranker needs."""
     max_query_tokens: int = 64
     """Tokens of the query that are shown."""
@@ -48,6 +49,10 @@ class RankConfig:
     """Of directions, and of what rankers draw."""
 
     def __post_init__(self) -> None:
+        for name in ("k", "budget", "max_query_tokens", "max_passage_tokens", "seed"):
+            value = getattr(self, name)
+            if not isinstance(value, int) and not (name == "budget" and value is None):
+                raise InvalidInput(f"{name} must be a whole number, got {value!r}")
         rules = {
             "k": (self.k >= 1, "1 or more"),
             "budget": (
@@ -68,7 +73,7 @@ class RankConfig:
         """The ranker, and the template that fits it."""
         ranker, kind = ranker_named(self.ranker), KINDS.get(self.ranker, "pair")
         usual = "pair-label" if kind == "pair" and self.chat and self.mode == "score" else kind
-        template = load_template(self.template or usual)
+        template = load_template(os.fspath(self.template or usual))
         if template.kind != kind:
             raise InvalidInput(
                 f"ranker {self.ranker!r} needs a template of kind {kind}, {template.name!r} is of {template.kind}"

@@ -103,7 +103,9 @@ def prior_of(task: Task) -> Floats:
     Ranks stand in as -log(rank + 1), which is about how BM25's scores fall.
     """
     scores = np.asarray(task.scores if task.scores is not None else [], dtype=np.float64)
-    if len(scores) == 0 or not np.isfinite(scores).all() or scores.std() < 1e-9:
+    with np.errstate(over="ignore", invalid="ignore"):  # 1e308 squared: as good as none
+        tells = len(scores) > 0 and 1e-9 <= scores.std() < np.inf
+    if not tells:
         scores = -np.log(np.arange(2.0, task.n + 2.0))
     spread = scores.std()
     result: Floats = (scores - scores.mean()) / spread if spread > 0 else np.zeros(task.n)

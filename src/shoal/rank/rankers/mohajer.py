@@ -51,7 +51,7 @@ class Mohajer:
             taken.append(best)
             tree = trees[best % k]
             if len(taken) < k or not self.keep_tree:
-                fresh = yield from self._next_champion(tree, best, taken, standing)
+                fresh = yield from self._next_champion(tree, best, standing)
                 heap[0] = heap[-1] if fresh is None else fresh
                 if fresh is None:
                     heap.pop()
@@ -67,7 +67,7 @@ class Mohajer:
         return head + order[2 * k :]
 
     def _next_champion(
-        self, tree: Tree, best: int, taken: list[int], standing: Callable[[], Standing]
+        self, tree: Tree, best: int, standing: Callable[[], Standing]
     ) -> Generator[Round, list[Shares], int | None]:
         """Who wins the group of `best` without it; None where nobody is left."""
         if not self.keep_tree:
