@@ -96,7 +96,10 @@ def test_perfect_oracle_reaches_the_best_order(made: Collection) -> None:
 
 def test_calls_are_a_mean_of_what_each_topic_took(made: Collection) -> None:
     """A topic of 2 documents takes 1 call and one of 30 many, so at a budget of 4 the mean is 2.5, not the budget."""
-    few = replace(made.topics[0], **{part: getattr(made.topics[0], part)[:2] for part in ("documents", "texts", "scores", "grades")})
+    few = replace(
+        made.topics[0],
+        **{part: getattr(made.topics[0], part)[:2] for part in ("documents", "texts", "scores", "grades")},
+    )
     two = replace(made, topics=(few, made.topics[1]))
     result = evaluate_ranking(two, config("quicksort", budgets=(4, 40), seeds=2))
     assert result.curves[0].points[0].calls == 2.5

@@ -19,7 +19,6 @@ from shoal.rank.questions import Ranker, Task
 from shoal.rank.rankers import ranker_named
 from shoal.rank.simulate import Simulated
 
-
 SAMPLES = 10
 """Simulated queries."""
 SAMPLED_DOCUMENTS = 3000
