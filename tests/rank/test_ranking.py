@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoTokenizer
@@ -239,3 +240,10 @@ def test_scores_too_large_to_square() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert prior_of(task).tolist() == prior_of(Task(n=8, k=3)).tolist()
+
+
+def test_whole_numbers_and_paths_of_any_kind(tmp_path: Path) -> None:
+    """NumPy's integers, and a template by its path object."""
+    (tmp_path / "own.toml").write_text(LABEL_ALONE)
+    config = RankConfig(k=np.int64(3), template=tmp_path / "own.toml")  # type: ignore[arg-type]
+    assert config.make()[1].name == "alone"

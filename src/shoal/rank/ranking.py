@@ -6,6 +6,7 @@ import itertools
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 from shoal.errors import InvalidInput, LanguageModelError
@@ -51,7 +52,7 @@ class RankConfig:
     def __post_init__(self) -> None:
         for name in ("k", "budget", "max_query_tokens", "max_passage_tokens", "seed"):
             value = getattr(self, name)
-            if not isinstance(value, int) and not (name == "budget" and value is None):
+            if not isinstance(value, Integral) and not (name == "budget" and value is None):
                 raise InvalidInput(f"{name} must be a whole number, got {value!r}")
         rules = {
             "k": (self.k >= 1, "1 or more"),
