@@ -68,7 +68,9 @@ class CachedModel:
     ) -> list[A]:
         """Answers from the cache, and of the model those that are not there; each is written as it comes."""
         keys = [key_of(kind=kind, model=self.name, job=asdict(job)) for job in jobs]
-        first = {key: place for place, key in reversed(list(enumerate(keys)))}
+        first: dict[str, int] = {}
+        for place, key in enumerate(keys):
+            first.setdefault(key, place)
         answers: dict[str, A] = {}
         with self.cache.claimed(keys):
             for key, kept in self.cache.read(list(first)).items():
