@@ -21,6 +21,7 @@ from shoal.lm.remote import RemoteModel
 from shoal.rank import RankConfig, plan, rank
 from shoal.rank.questions import Task
 from shoal.rank.rankers.adaptive import prior_of
+from shoal.rank.ranking import rank_with
 from shoal.rank.templates import Template, load_template
 from shoal.serve.config import ServeConfig
 
@@ -66,6 +67,15 @@ def test_rankers_through_prompts(ranker: str, mode: str) -> None:
     assert done.cost.calls == done.cost.usage.paid_calls == len(model.asked)
     assert done.cost.tokens == sum(len(str(job.prompt).split()) for job in model.asked) + done.cost.usage.new_tokens
     assert done.cost.unparsed == 0
+    heard: list[int] = []
+    rank_with(
+        model,
+        RankConfig(k=4, budget=60, ranker=ranker, mode=mode),
+        "long ones",
+        DOCS,
+        on_answer=lambda: heard.append(1),
+    )  # type: ignore[arg-type]
+    assert len(heard) == len(model.asked) - done.cost.calls > 0
 
 
 def test_model_that_answers_neither() -> None:

@@ -19,7 +19,6 @@ from shoal.errors import InvalidInput, LanguageModelError
 from shoal.files import check_writable, replaced
 
 if TYPE_CHECKING:
-    from shoal.rank.executor import Cost
     from shoal.rank.inputs import RankJob
     from shoal.rank.ranking import RankConfig, Ranking
 
@@ -112,13 +111,17 @@ def rank(
         asked = CachedModel(asked, AnswerCache(kept))
     done: dict[str, Ranking] = {}
     with stages(errors) as show:
+        num_answers = 0
+
+        def hear() -> None:
+            nonlocal num_answers
+            num_answers += 1
+            show("calls", num_answers, len(jobs) * budget)
+
         for number, job in enumerate(jobs):
-
-            def tell(cost: Cost, before: int = number * budget) -> None:
-                show("calls", before + cost.calls, budget * len(jobs))
-
+            num_answers = number * budget
             try:
-                done[job.query_id] = rank_with(asked, config, job.query, job.texts, scores=job.scores, on_progress=tell)
+                done[job.query_id] = rank_with(asked, config, job.query, job.texts, scores=job.scores, on_answer=hear)
             except LanguageModelError as error:
                 hint = f"answers so far are in {kept}: the same command goes on from there" if kept else "give --cache"
                 raise LanguageModelError(f"query {job.query_id!r}: {error} ({hint})") from error

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from shoal.errors import InvalidInput
-from shoal.lm.contract import ChatJob, Decoding, GenerateJob, LanguageModel, Message, Prompt, ScoreJob, Scores
+from shoal.lm.contract import ChatJob, Decoding, GenerateJob, LanguageModel, Message, Prompt, Reply, ScoreJob, Scores
 from shoal.rank.oracle import Reading
 from shoal.rank.questions import Question
 from shoal.rank.templates import Template
@@ -39,6 +39,8 @@ class Prompted:
     """See above."""
     chat: bool = False
     """Whether the prompt is a user's turn of a chat, as models tuned to follow instructions expect."""
+    on_answer: Callable[[], None] | None = None
+    """Called once per answer, as it comes: a round may be thousands."""
 
     def __post_init__(self) -> None:
         if self.mode not in ("score", "generate"):
@@ -60,7 +62,7 @@ class Prompted:
                 prompt = (Message(role="user", content=self._prompt(shown)),)
                 labels = self.template.labels[: len(shown)]
             jobs.append(ScoreJob(prompt=prompt, continuations=labels, template=self.template.key, one_call=True))
-        return [Reading(preferences(scores), scores.usage) for scores in self.model.score(jobs)]
+        return [Reading(preferences(scores), scores.usage) for scores in self.model.score(jobs, on_done=self._hear)]
 
     def _generate(self, presentations: Sequence[Question]) -> list[Reading]:
         prompts = [self._prompt(shown) for shown in presentations]
@@ -72,19 +74,25 @@ class Prompted:
                         messages=(Message(role="user", content=prompt),), decoding=decoding, template=self.template.key
                     )
                     for prompt, decoding in zip(prompts, decodings, strict=True)
-                ]
+                ],
+                on_done=self._hear,
             )
         else:
             replies = self.model.generate(
                 [
                     GenerateJob(prompt=prompt, decoding=decoding, template=self.template.key)
                     for prompt, decoding in zip(prompts, decodings, strict=True)
-                ]
+                ],
+                on_done=self._hear,
             )
         return [
             Reading(self.template.parse(reply.text, len(shown)), reply.usage)
             for shown, reply in zip(presentations, replies, strict=True)
         ]
+
+    def _hear(self, place: int, answer: Reply | Scores) -> None:
+        if self.on_answer is not None:
+            self.on_answer()
 
     def _labels_written(self, shown: Question) -> int:
         return len(shown) if self.template.kind == "list" else 1

@@ -162,8 +162,9 @@ def rank_with(
     *,
     scores: Sequence[float] | None = None,
     on_progress: Callable[[Cost], None] | None = None,
+    on_answer: Callable[[], None] | None = None,
 ) -> Ranking:
-    """`rank` with its settings checked and its model loaded."""
+    """`rank` with its settings checked and its model loaded. `on_answer` hears of every answer, within rounds, too."""
     check_documents(query, docs)
     check_scores(scores, len(docs))
     ranker, template = config.make()
@@ -176,6 +177,7 @@ def rank_with(
         passages=[passage.text for passage in passages],
         mode=config.mode,
         chat=config.chat,
+        on_answer=on_answer,
     )
     oracle = Oracle(comparator=comparator, direction=config.direction, soft=config.soft, seed=config.seed)
     task = Task(
