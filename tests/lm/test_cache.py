@@ -34,6 +34,7 @@ from shoal.lm import (
 )
 from shoal.lm.cache import key_of
 from shoal.lm.contract import OnDone
+from shoal.rank.prompted import preferences
 
 WORKER = """
 import os, random, sys, time
@@ -137,6 +138,19 @@ def test_every_kind_comes_back(tmp_path: Path) -> None:
         assert first.usage.paid_calls == 1
         assert again == twin == replace(first, usage=replace(first.usage, paid_calls=0))
     assert len(script.asked) == 3
+
+
+def test_a_floor_comes_back(tmp_path: Path) -> None:
+    """Of a label that a server does not tell it is known to lie below the others, from the cache, too."""
+
+    class Server(ScriptedModel):
+        def score(self, jobs: Sequence[ScoreJob], *, on_done: OnDone[Scores] | None = None) -> list[Scores]:
+            return [Scores(logprobs=(-0.5, None), usage=Usage(calls=1, paid_calls=1), floor=-4.0) for _ in jobs]
+
+    job = ScoreJob(prompt="p", continuations=("a", "b"), one_call=True)
+    answers = [CachedModel(Server(), AnswerCache(tmp_path / "answers")).score([job])[0] for _ in range(2)]
+    assert [one.usage.paid_calls for one in answers] == [1, 0]
+    assert [preferences(one) for one in answers] == [(-0.5, -4.0)] * 2
 
 
 def test_what_is_another_question(tmp_path: Path) -> None:

@@ -119,4 +119,4 @@ def reply_of(kept: dict[str, Any]) -> Reply:
 
 def scores_of(kept: dict[str, Any]) -> Scores:
     """From JSON."""
-    return Scores(logprobs=tuple(kept["logprobs"]), usage=usage_of(kept["usage"]))
+    return Scores(**{**kept, "logprobs": tuple(kept["logprobs"]), "usage": usage_of(kept["usage"])})
