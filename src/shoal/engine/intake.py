@@ -127,7 +127,7 @@ def special_tokens(stop: Sequence[str], tokenizer: Any) -> frozenset[int]:
 def encode(prompt: Prompt, tokenizer: Any) -> tuple[int, ...]:
     """Token ids of a prompt, with the special tokens that the tokenizer puts around one."""
     if isinstance(prompt, str):
-        if not prompt.isascii() and any("\ud800" <= letter <= "\udfff" for letter in prompt):
+        if not is_text(prompt):
             raise InvalidPrompt("the prompt holds half of a surrogate pair, which is not text")
         if tokenizer is None:
             raise InvalidPrompt("this checkpoint has no tokenizer: give prompts as lists of token ids")
@@ -143,6 +143,11 @@ def encode(prompt: Prompt, tokenizer: Any) -> tuple[int, ...]:
     if not token_ids:
         raise InvalidPrompt("the prompt is empty: give at least one token")
     return token_ids
+
+
+def is_text(text: str) -> bool:
+    """Whether it holds characters only, and no half of a surrogate pair, which tokenizers do not take."""
+    return text.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def check_length(prompt_tokens: int, max_new_tokens: int, config: DecoderConfig) -> None:

@@ -152,7 +152,8 @@ class ScoreJob:
     template: str = ""
     """As in `GenerateJob`."""
     one_call: bool = False
-    """Whether it must take one call only, for labels of a token each. Where a model cannot do that it raises `InvalidInput`."""
+    """Whether it must take one call only, for labels of a token each. A model here that cannot do that raises `InvalidInput`; of a
+    server what cannot be told in one is None."""
 
     def __post_init__(self) -> None:
         if not self.continuations or not all(self.continuations):

@@ -58,6 +58,7 @@ class EngineModel(ABC):
         if engine.tokenizer is None:
             raise InvalidInput(f"{name} has no tokenizer, and a language model is asked in text")
         self.engine, self.name = engine, name
+        self._appended = appended(engine.tokenizer)
 
     @abstractmethod
     def run(
@@ -146,7 +147,7 @@ class EngineModel(ABC):
         tokenizer = self.engine.tokenizer
         if isinstance(job.prompt, str):
             prompt = encode(job.prompt, tokenizer)
-            if ends_specially(prompt, tokenizer):  # generation goes on behind it, and so do continuations
+            if prompt[-1] == self._appended:  # generation goes on behind it, and so do continuations
                 whole = [prompt + encode_plain(continuation, tokenizer) for continuation in job.continuations]
             else:
                 whole = [encode(job.prompt + continuation, tokenizer) for continuation in job.continuations]
@@ -226,10 +227,10 @@ def scoring(num_tokens: int, labels: Labels | None = None) -> Sampling:
     )
 
 
-def ends_specially(prompt: Tokens, tokenizer: Any) -> bool:
-    """Whether the tokenizer puts a special token behind every text, such as the separator of `shoal-e2e`."""
-    *_, last = tokenizer("a").input_ids
-    return last == prompt[-1] and last in tokenizer.all_special_ids
+def appended(tokenizer: Any) -> int | None:
+    """The special token that a tokenizer puts behind every text, such as the separator of `shoal-e2e`; None for most."""
+    last: int | None = next(reversed(tokenizer("a").input_ids), None)
+    return last if last in tokenizer.all_special_ids else None
 
 
 def encode_plain(text: str, tokenizer: Any) -> Tokens:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
+from shoal.engine.intake import is_text
 from shoal.errors import InvalidInput, LanguageModelError
 from shoal.lm.cache import AnswerCache
 from shoal.lm.cached import CachedModel
@@ -166,7 +167,7 @@ def rank_with(
 ) -> Ranking:
     """`rank` with its settings checked and its model loaded. `on_answer` hears of every answer, within rounds, too."""
     check_documents(query, docs)
-    check_scores(scores, len(docs))
+    check_scores(scores)
     ranker, template = config.make()
     shown_query = model.cut(query, config.max_query_tokens)
     passages = [model.cut(text, config.max_passage_tokens) for text in docs]
@@ -220,14 +221,6 @@ def check_documents(query: str, docs: Sequence[str]) -> None:
         first[text] = place
 
 
-def is_text(text: str) -> bool:
-    """Whether it can be written as UTF-8."""
-    try:
-        return text.isascii() or bool(text.encode())
-    except UnicodeEncodeError:
-        return False
-
-
 def check_read(rankings: Sequence[Ranking], name: str, config: RankConfig) -> None:
     """Raises `LanguageModelError` where none of the answers behind some rankings could be read."""
     calls, unparsed = (sum(getattr(one.cost, what) for one in rankings) for what in ("calls", "unparsed"))
@@ -236,13 +229,9 @@ def check_read(rankings: Sequence[Ranking], name: str, config: RankConfig) -> No
         raise LanguageModelError(f"none of {calls} answers of {name} could be read as a label: try mode {advice}")
 
 
-def check_scores(scores: Sequence[float] | None, count: int) -> None:
-    """Raises `InvalidInput` where there is not one per document, the best first."""
-    if scores is None:
-        return
-    if len(scores) != count:
-        raise InvalidInput(f"got {len(scores)} first-stage scores for {count} documents")
-    for place, (before, score) in enumerate(itertools.pairwise(scores), start=1):
+def check_scores(scores: Sequence[float] | None) -> None:
+    """Raises `InvalidInput` where they rise: the best document stands first."""
+    for place, (before, score) in enumerate(itertools.pairwise(scores or ()), start=1):
         if score > before:
             raise InvalidInput(
                 f"document {place} has a higher score than the one before: give documents and scores best first"
